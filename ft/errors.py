@@ -1,6 +1,7 @@
 """What can end a run early, and the exit status each one has."""
 
 import difflib
+import importlib
 
 
 class UserError(Exception):
@@ -29,3 +30,11 @@ def suggest(name: str, known) -> str:
   """Returns " (did you mean 'x'?)" for the nearest known name, or an empty string."""
   near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
   return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def require(module: str, extra: str):
+  """Imports a package that only one task needs; its absence names the extra to install."""
+  try:
+    return importlib.import_module(module)
+  except ImportError:
+    raise UserError(f"{module} is not installed; `pip install -e '.[{extra}]'` brings it") from None

@@ -1,0 +1,79 @@
+"""What every script shares: absl flags, `--config.key=value` overrides, exit statuses."""
+
+import pathlib
+import signal
+import sys
+
+from absl import app, flags, logging
+
+from ft import config as config_lib
+from ft import errors
+
+FLAGS = flags.FLAGS
+_overrides: list[tuple[str, str]] = []
+
+
+def run(main, description: str, with_config: bool = False):
+  """Runs `main(argv)` under absl and turns what ends it into an exit status.
+
+  0 done; 2 the user's input is wrong; 3 training failed; 75 preempted, run me again. The first
+  three come with one message on stderr and no traceback; a traceback means a defect in ft.
+  """
+
+  def guarded(argv):
+    logging.use_absl_handler()
+    logging.set_verbosity(max(FLAGS.verbosity, logging.INFO))
+    try:
+      main(argv)
+    except (errors.UserError, errors.RowError) as error:
+      _end("error", error, errors.UserError.exit_status)
+    except errors.TrainingFailed as error:
+      _end("failed", error, error.exit_status)
+    except errors.Preempted as error:
+      _end("preempted", error, error.exit_status)
+    except KeyboardInterrupt:
+      sys.exit(128 + signal.SIGINT)
+
+  app.run(guarded, flags_parser=lambda argv: _parse(argv, description, with_config))
+
+
+def config():
+  """The config that `--config` and its overrides describe."""
+  if not FLAGS.config:
+    raise errors.UserError("--config=configs/NAME.py is missing; `ls configs` shows what there is")
+  return config_lib.load(FLAGS.config, _overrides)
+
+
+def _parse(argv: list[str], description: str, with_config: bool) -> list[str]:
+  if any(word in ("--help", "-h", "-help", "--helpfull") for word in argv[1:]):
+    print(f"{description.strip()}\n\nflags:")
+    print(FLAGS.module_help(sys.modules["__main__"]).strip())
+    if with_config:
+      print("\nconfig keys, with their defaults:\n" + config_lib.table())
+    sys.exit(0)
+  try:
+    rest = FLAGS(argv, known_only=True)
+  except flags.Error as error:
+    _end("error", error, errors.UserError.exit_status)
+  for word in rest[1:]:
+    key, equals, value = word.partition("=")
+    if with_config and key.startswith("--config.") and equals:
+      _overrides.append((key.removeprefix("--config."), value))
+    else:
+      known = [f"--{name}" for name in FLAGS]
+      hint = " (write --config.key=value)" if key.startswith("--config.") else ""
+      _end("error", f"{word}: no such flag{errors.suggest(key, known)}{hint}; try --help", 2)
+  return rest[:1]
+
+
+def _end(kind: str, error, status: int):
+  print(f"{kind}: {error}", file=sys.stderr, flush=True)
+  sys.exit(status)
+
+
+def run_folder(flag: str) -> pathlib.Path:
+  """The folder of a finished or running run, checked."""
+  folder = pathlib.Path(flag or "")
+  if not flag or not (folder / "config.json").is_file():
+    raise errors.UserError(f"--run={flag}: not the folder of a run (it holds no config.json)")
+  return folder

@@ -1,0 +1,98 @@
+"""Guards: each file measures one risk of a run from recorded numbers.
+
+A guard is a module with `KEYS` (its config, `guard.<file>.<key>`) and
+
+    measure(config, evidence) -> {"verdict": str, "words": one sentence, "numbers": {…}}
+
+where the verdict is "ok", "warning", "alarm" or "not measured". Guards are found by file name: a new
+one touches no other file. What a guard needs and does not find is "not measured" with the reason; a
+guard never ends a run.
+"""
+
+import collections.abc
+import dataclasses
+import importlib
+import pkgutil
+import types
+
+from absl import logging
+
+VERDICTS = ("ok", "warning", "alarm", "not measured")
+
+# Names of the rows of every results table, in reading order; other baselines come between.
+TUNED, PROBE, MAJORITY = "fine-tuned", "probe", "majority"
+
+
+@dataclasses.dataclass
+class Evidence:
+  """What a finished run has recorded; every field may be left empty.
+
+  Attributes:
+    metric: name of the selection metric, e.g. "accuracy".
+    mode: "max" or "min", what is better.
+    history: one dict a log point: "step", "train/loss" (training mode), "train/<metric>"
+      (evaluation mode, on a sample), "validation/<metric>", "validation/loss" or "…/log_loss".
+    outputs: split -> row name ("majority", "probe", "fine-tuned") -> arrays over the whole split in
+      row order, with "label" (N,) or (N, C) and, for classifiers, "logits" (N, C).
+    score: outputs -> (N,) contribution of each example to the metric.
+    metrics: outputs -> dict of metrics.
+    extra: names of the splits beyond test that were never trained on, in display order.
+    cost: see `ft/guards/cost.py`.
+  """
+
+  metric: str = ""
+  mode: str = "max"
+  history: list[dict] = dataclasses.field(default_factory=list)
+  outputs: dict[str, dict[str, dict]] = dataclasses.field(default_factory=dict)
+  score: collections.abc.Callable | None = None
+  metrics: collections.abc.Callable | None = None
+  extra: tuple[str, ...] = ()
+  cost: dict = dataclasses.field(default_factory=dict)
+
+
+def names() -> list[str]:
+  """All guards there are, by file name."""
+  return sorted(m.name for m in pkgutil.iter_modules(__path__))
+
+
+def defaults(name: str) -> types.SimpleNamespace:
+  """The guard's config with every default filled in."""
+  keys = importlib.import_module(f"{__name__}.{name}").KEYS
+  return types.SimpleNamespace(**{key: spec[0] for key, spec in keys.items()})
+
+
+def measure(config, evidence: Evidence) -> dict[str, dict]:
+  """Runs every guard.
+
+  Args:
+    config: the `guard` section (attributes by guard name), or None for all defaults.
+    evidence: what the run recorded.
+
+  Returns:
+    guard name -> {"verdict", "words", "numbers"}.
+  """
+  results = {}
+  for name in names():
+    section = getattr(config, name, None) or defaults(name)
+    if not section.on:
+      results[name] = not_measured(f"switched off by config.guard.{name}.on=False")
+      continue
+    try:
+      results[name] = importlib.import_module(f"{__name__}.{name}").measure(section, evidence)
+    # Whatever a guard's fault is, it is logged and must not cost the user a finished run.
+    except Exception as error:  # noqa: BLE001
+      logging.exception("guard %s failed", name)
+      results[name] = not_measured(f"the guard failed: {type(error).__name__}: {error}")
+  return results
+
+
+def result(verdict: str, words: str, numbers: dict | None = None) -> dict:
+  """One guard's result."""
+  if verdict not in VERDICTS:
+    raise ValueError(f"verdict {verdict!r} is not one of {VERDICTS}")
+  return {"verdict": verdict, "words": words, "numbers": numbers or {}}
+
+
+def not_measured(reason: str) -> dict:
+  """The result of a guard that lacks what it needs."""
+  return result("not measured", f"Not measured: {reason}.")

@@ -1,0 +1,190 @@
+"""One optax chain over the trainable tree: clip, update rule, weight decay, rates by leaf, schedule.
+
+Every rule takes the same step, p <- p - rate(t) * factor(p) * (update + weight_decay * p), so that
+weight decay is decoupled (Loshchilov & Hutter 2019) and means the same under each of them.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ft import errors, tune
+
+KEYS = {
+  "name": ("adamw", "update rule", ["adamw", "sgd", "adafactor", "lion"]),
+  "rate": (0.0, "peak learning rate; has to be set", (0.0, None)),
+  "head_rate_factor": (1.0, "the head's rate over the rest's", (0.0, None)),
+  "weight_decay": (0.01, "decoupled decay of matrices; norms, biases and vectors have none",
+                   (0.0, None)),
+  "betas": (None, "decay of both moments; adamw (0.9, 0.999), lion (0.9, 0.99) if not set", "list"),
+  "eps": (1e-8, "adamw: added to the root of the second moment", (0.0, None)),
+  "momentum": (0.9, "sgd: decay of the velocity", (0.0, 1.0)),
+  "warmup": (0.1, "steps of linear warm-up, or below 1 their share of the run", (0.0, None)),
+  "schedule": ("cosine", "rate after warm-up", ["cosine", "linear", "constant"]),
+  "final_rate_fraction": (0.0, "cosine, linear: rate at the last step over the peak", (0.0, 1.0)),
+  "layer_decay": (1.0, "each layer's rate over that of the layer above it", (0.0, 1.0)),
+  "clip": (1.0, "largest global norm of the gradient; 0 clips nothing", (0.0, None)),
+}
+
+# The keys a rule does not read have to keep their default: a value without effect is a mistake.
+READS = {"adamw": ("betas", "eps"), "lion": ("betas",), "sgd": ("momentum",), "adafactor": ()}
+BETAS = {"adamw": (0.9, 0.999), "lion": (0.9, 0.99)}
+
+_NUMBERED = re.compile(r"(?:^|/)[a-z]*(?:layer|block|stage)s?_(\d+)(?=/)|(?:^|/)h_(\d+)(?=/)")
+_BOTTOM = re.compile(r"embed|(?:^|/)(?:conv_)?stem|(?:^|/)w[tp]e/|cls_token", re.IGNORECASE)
+_NORM = re.compile(r"norm|(?:^|[/_])(?:ln|bn)[_\d/]", re.IGNORECASE)
+
+
+def make(config, trainable, total_steps: int, head: tuple[str, ...] = ()):
+  """Makes the optimizer of a run.
+
+  Args:
+    config: the section `optim`.
+    trainable: tree of arrays (or shapes) the optimizer will see; nothing else enters it.
+    total_steps: optimizer steps of the whole run.
+    head: path prefixes of the head, such as ("params/classifier",).
+
+  Returns:
+    (tx, schedule): an optax transformation whose state is float32 whatever the parameters' dtype,
+    and step -> rate, float32, before the factors of head and layers.
+
+  Raises:
+    UserError: rate missing, warm-up as long as the run, a key that the rule never reads, or
+      `layer_decay` for a tree without numbered layers.
+  """
+  _check(config)
+  schedule = make_schedule(config, total_steps)
+  factors = rate_factors(trainable, config.layer_decay, config.head_rate_factor, head)
+  decays = decay_mask(trainable)
+  parts = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+  parts += _rule(config)
+  if config.weight_decay:
+    parts.append(optax.add_decayed_weights(config.weight_decay, mask=decays))
+  if any(factor != 1 for factor in jax.tree.leaves(factors)):
+    parts.append(optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors)))
+  parts.append(optax.scale_by_learning_rate(schedule))
+  return _in_float32(optax.chain(*parts)), schedule
+
+
+def _check(config) -> None:
+  if not config.rate > 0:
+    raise errors.UserError(
+      "optim.rate has to be set above 0; usual values with adamw: 1e-5 to 1e-4 for full "
+      "fine-tuning, 1e-4 to 1e-3 for LoRA, 1e-3 for a head"
+    )
+  for key in {key for keys in READS.values() for key in keys} - set(READS[config.name]):
+    if config[key] != KEYS[key][0]:
+      readers = ", ".join(name for name, keys in READS.items() if key in keys)
+      raise errors.UserError(
+        f"optim.{key}={config[key]} has no effect with optim.name={config.name!r}; "
+        f"it belongs to {readers}"
+      )
+  if config.betas is not None and not (
+    len(config.betas) == 2 and all(0 <= beta < 1 for beta in config.betas)
+  ):
+    raise errors.UserError(f"optim.betas={config.betas}: expected two numbers from 0 to below 1")
+  if not config.layer_decay > 0:
+    raise errors.UserError("optim.layer_decay=0 would freeze all layers; use tune.method='head'")
+
+
+def _rule(config) -> list[optax.GradientTransformation]:
+  """The update rule without decay and rate."""
+  if config.name == "adamw":
+    b1, b2 = config.betas or BETAS["adamw"]
+    return [optax.scale_by_adam(b1, b2, config.eps)]
+  if config.name == "lion":
+    return [optax.scale_by_lion(*(config.betas or BETAS["lion"]))]
+  if config.name == "sgd":
+    return [optax.trace(config.momentum)] if config.momentum else []
+  # Shazeer & Stern (2018) with an absolute rate, the usual setting for fine-tuning: a rate relative
+  # to the parameter would hold back leaves that start at zero.
+  return [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
+
+
+def make_schedule(config, total_steps: int):
+  """Returns step -> rate: up to the peak at step `warmup`, then down to its end at `total_steps`.
+
+  The first step has rate peak/(warmup + 1), not 0, so that no step is without effect.
+  """
+  warmup = int(config.warmup if config.warmup >= 1 else round(config.warmup * total_steps))
+  if warmup and warmup >= total_steps:
+    raise errors.UserError(
+      f"optim.warmup={config.warmup} is {warmup} steps, but the run has {total_steps}; "
+      "it has to be shorter than the run"
+    )
+  rest = max(total_steps - warmup, 1)
+  if config.schedule == "cosine":
+    after = optax.cosine_decay_schedule(config.rate, rest, config.final_rate_fraction)
+  elif config.schedule == "linear":
+    after = optax.linear_schedule(config.rate, config.rate * config.final_rate_fraction, rest)
+  else:
+    after = optax.constant_schedule(config.rate)
+  if not warmup:
+    return after
+  before = optax.linear_schedule(config.rate / (warmup + 1), config.rate, warmup)
+  return optax.join_schedules([before, after], [warmup])
+
+
+def decay_mask(trainable):
+  """Returns a tree of bool: True for leaves with weight decay, that is neither norm, bias nor 1-D."""
+  def decays(path, leaf):
+    name = path.rpartition("/")[2]
+    return len(leaf.shape) > 1 and name not in ("bias", "scale") and not _NORM.search(path)
+  return _map(decays, trainable)
+
+
+def rate_factors(trainable, layer_decay: float = 1.0, head_factor: float = 1.0, head=()):
+  """Returns a tree of float, each leaf's rate over the schedule's.
+
+  With L numbered layers (`layer_{i}`, `blocks_{i}`, …) embeddings and stem have depth 0, layer i
+  has i + 1, and the head and whatever else stands above the layers L + 1; the factor is
+  layer_decay^(L + 1 - depth), as in BEiT (Bao et al. 2022). L is the largest number that trains.
+
+  Raises:
+    UserError: `layer_decay` is not 1 and no layer has a number.
+  """
+  numbers = {path: _number(path) for path in tune.flatten(trainable)}
+  count = 1 + max((n for n in numbers.values() if n is not None), default=-1)
+  if layer_decay != 1 and not count:
+    raise errors.UserError(
+      f"optim.layer_decay={layer_decay}: no trainable parameter belongs to a numbered layer "
+      "(layer_0, blocks_0, …), so there is nothing to grade; leave it at 1"
+    )
+
+  def factor(path, _):
+    if tune.under(path, head):
+      return float(head_factor)
+    if numbers[path] is not None:
+      depth = numbers[path] + 1
+    else:
+      depth = 0 if _BOTTOM.search(path) else count + 1
+    return float(layer_decay ** (count + 1 - depth))
+  return _map(factor, trainable)
+
+
+def _number(path: str) -> int | None:
+  """The layer number in a path: the first one, as inner modules may be numbered too."""
+  found = _NUMBERED.search(path)
+  return int(found[1] or found[2]) if found else None
+
+
+def _map(function, tree):
+  """Maps function(path, leaf) over a nested dict."""
+  return tune.unflatten({path: function(path, leaf) for path, leaf in tune.flatten(tree).items()})
+
+
+def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Moments and norms of half-precision leaves are kept in float32: in bfloat16 the second moment
+  would stop moving, as 1 - 0.999 is below half a unit in its last place."""
+  def raised(tree):
+    def cast(x):
+      small = jnp.issubdtype(x.dtype, jnp.floating) and jnp.dtype(x.dtype).itemsize < 4
+      return x.astype(jnp.float32) if small else x
+    return jax.tree.map(cast, tree)
+
+  def update(grads, state, params=None):
+    return tx.update(raised(grads), state, params if params is None else raised(params))
+
+  return optax.GradientTransformation(lambda params: tx.init(raised(params)), update)

@@ -1,0 +1,93 @@
+"""Rows in, predictions out, with the preprocessing and the calibration the run was made with."""
+
+import importlib
+import json
+import pathlib
+from collections.abc import Iterable, Iterator
+
+import jax
+import numpy as np
+
+from ft import errors, models, state
+from ft.data import loader as loaders
+
+
+class Predictor:
+  """A tuned model ready to answer.
+
+  Args:
+    folder: of a run, or its `model/` (wherever it was copied to).
+    batch: rows that are computed together.
+  Raises:
+    UserError: the folder holds no exported model.
+  """
+
+  def __init__(self, folder, batch: int = 32):
+    folder = pathlib.Path(folder)
+    self.folder = folder / "model" if (folder / "model").is_dir() else folder
+    if not (self.folder / "ft.json").is_file():
+      raise errors.UserError(
+        f"{folder}: no exported model there (model/ft.json is missing); "
+        f"is the run finished, with train.export on?"
+      )
+    spec = json.loads((self.folder / "ft.json").read_text())
+    modality = importlib.import_module(f"ft.data.{spec['modality']}")
+    self.preprocess = modality.Preprocess.from_spec(spec["preprocess"], self.folder)
+    task = importlib.import_module(f"ft.tasks.{spec['task']['name']}")
+    self.task = task.Task.from_spec(spec["task"], self.preprocess)
+    self.calibration = spec["calibration"]
+    self.rows = modality.read_rows
+    self.batch = batch
+    pretrained = models.load(self.folder)
+    self.variables = pretrained.variables
+    self._step = state.make_predict_step(
+      self.task.predict, state.make_apply(pretrained.module), lambda frozen, trainable: frozen
+    )
+
+  def __call__(self, rows: Iterable) -> Iterator[dict]:
+    """Yields one JSON-able dict a row, in order, as soon as its batch is full.
+
+    Args:
+      rows: dicts with the roles the preprocessing reads (`text`, `image`, …), or RowError for
+        rows that could not be read: they yield {"error": …} and stop nothing.
+    """
+    waiting = []
+    for row in rows:
+      waiting.append(row)
+      if len(waiting) == self.batch:
+        yield from self._answer(waiting)
+        waiting = []
+    if waiting:
+      yield from self._answer(waiting)
+
+  def _answer(self, rows: list) -> list[dict]:
+    answers, examples, where = [None] * len(rows), [], []
+    for place, row in enumerate(rows):
+      try:
+        if isinstance(row, errors.RowError):
+          raise row
+        examples.append(self.preprocess(row))
+        where.append(place)
+      except errors.RowError as error:
+        answers[place] = {"error": str(error)}
+    for part in _alike(examples, self.preprocess.pad):
+      chosen = loaders.from_examples([examples[i] for i in part], self.preprocess)
+      loader = loaders.Loader(
+        chosen, self.batch, pad=self.preprocess.pad, buckets=self.preprocess.buckets
+      )
+      for batch in loader.iterate():
+        outputs = jax.device_get(self._step({}, {}, self.variables, batch))
+        for at, index in enumerate(outputs["index"]):
+          if index >= 0:
+            one = {key: np.asarray(value[at]) for key, value in outputs.items()}
+            answers[where[part[index]]] = self.task.describe(one, self.calibration)
+    return answers
+
+
+def _alike(examples: list[dict], pad: dict) -> list[list[int]]:
+  """Groups examples whose fixed shapes are equal: only those can share a batch."""
+  groups = {}
+  for i, example in enumerate(examples):
+    shape = tuple((k, np.shape(v)) for k, v in sorted(example.items()) if k not in pad)
+    groups.setdefault(shape, []).append(i)
+  return list(groups.values())

@@ -1,0 +1,375 @@
+"""The loop: a pretrained model becomes a specialist. Read `train` from top to bottom.
+
+    data -> model -> tune -> task -> baselines -> state -> loop -> results -> card -> export
+
+Nothing here knows which modality, model or task runs: those are files that the config names.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from absl import logging
+
+from ft import checkpoint, errors, evaluate, logs, mesh, models, optim, results, state, tune, workdir
+from ft.data import loader as loaders
+from ft.data import sources
+from ft.preempt import Preemption
+
+KEYS = {
+  "batch": (32, "rows in a step, over all devices and micro-batches", (1, None)),
+  "accumulate": (1, "micro-batches a step is cut into, to save memory", (1, None)),
+  "epochs": (1.0, "passes over the training rows", (0, None)),
+  "steps": (0, "steps instead of epochs", (0, None)),
+  "eval_every": (0.25, "steps between evaluations; below 1: share of the run", (0, None)),
+  "eval_batch": (0, "rows in a batch of evaluation; 0: twice train.batch", (0, None)),
+  "train_sample": (512, "training rows evaluated beside the validation rows", (0, None)),
+  "save_every": (0, "steps between checkpoints beside those of evaluations", (0, None)),
+  "keep": (2, "newest checkpoints kept, beside the best", (1, None)),
+  "patience": (0, "evaluations without a better metric before stopping; 0: never", (0, None)),
+  "log_every": (10, "steps between log points", (1, None)),
+  "bad_steps": (5, "steps in a row that are not finite before the run fails", (1, None)),
+  "baselines": (True, "compare with what needs no training"),
+  "export": (True, "write the tuned model to model/ at the end"),
+}
+
+
+@dataclasses.dataclass
+class Run:
+  """What the chapters of one run hand on."""
+
+  config: object
+  folder: pathlib.Path
+  mesh: jax.sharding.Mesh
+  data: sources.Data
+  task: object
+  preprocess: object
+  pretrained: models.Pretrained
+  poll: Callable
+  started: float = dataclasses.field(default_factory=time.monotonic)
+  seconds: dict = dataclasses.field(default_factory=dict)  # phase -> wall seconds
+
+  def place(self, batch: dict) -> dict:
+    return mesh.place_batch(batch, mesh.batch_sharding(self.mesh))
+
+  def lap(self, phase: str) -> None:
+    """Books the time since the last lap to a phase."""
+    now = time.monotonic()
+    self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.started
+    self.started = now
+
+
+def train(config, folder: os.PathLike, command: str = "") -> dict | None:
+  """Runs a config in a folder, from where it stands to the end; returns its card's record.
+
+  Args:
+    config: complete ConfigDict (`config.load`).
+    folder: the run's folder; a run begun there goes on, a finished one is left alone (None).
+    command: what the card gives as the way to repeat the run.
+  Raises:
+    UserError, TrainingFailed, Preempted: see ft/errors.py.
+  """
+  mesh.start(config.mesh)
+  writer = jax.process_index() == 0
+  with workdir.Workdir(folder, config, writer) as home, Preemption() as preemption:
+    if home.finished:
+      logging.info("%s: this run is finished; card.html shows its results", folder)
+      return None
+    poll = preemption.poll if jax.process_count() == 1 else lambda: None
+
+    # Data, model and task: what is learnt, from what, by whom.
+    run, examples = prepare(config, home.path, poll)
+
+    # What trains, and what stays as it was.
+    tuned = tune.init(
+      config.tune, run.pretrained.variables, jax.random.PRNGKey(config.seed), run.pretrained.head
+    )
+    logging.info("%s", tune.describe(tuned))
+    frozen, mutable = dict(tuned.frozen), {}
+    if config.model.batch_stats == "train" and "batch_stats" in frozen:
+      mutable = {"batch_stats": frozen.pop("batch_stats")}
+    frozen = mesh.place(frozen, mesh.shardings(run.mesh, frozen))
+
+    # What no training gets; with a frozen body the same features serve to train the head.
+    features = baseline = None
+    if config.train.baselines or tuned.only_head:
+      features = extract_features(run, examples, frozen, mutable, tuned)
+    if config.train.baselines:
+      baseline = run.task.baselines(features)
+    run.lap("baselines")
+    if tuned.only_head and not run.preprocess.augments:
+      examples = {name: loaders.from_arrays(arrays) for name, arrays in features.items()}
+
+    # The state: pretrained or resumed.
+    load = make_loaders(run, examples)
+    total = config.train.steps or max(1, round(config.train.epochs * load["train"].steps_per_epoch))
+    tx, schedule = optim.make(config.optim, tuned.trainable, total, run.pretrained.head)
+    fresh = state.create(tuned.trainable, mutable, tx, config.seed)
+    fresh = mesh.place(fresh, mesh.shardings(run.mesh, fresh))
+    checkpoints = checkpoint.Checkpoints(home.path / "checkpoints", config.train.keep)
+    now, host = checkpoints.restore_newest(fresh) or (fresh, new_host())
+    run.pretrained = dataclasses.replace(run.pretrained, variables=None)
+    run.seconds = host["seconds"] | run.seconds
+
+    # The loop.
+    apply = state.make_apply(run.pretrained.module, tuned.interceptor)
+    step = state.make_train_step(run.task.loss, apply, tuned.combine, tx, config.train.accumulate)
+    predict = state.make_predict_step(
+      run.task.predict, apply, tuned.combine, mesh.replicated(run.mesh)
+    )
+    loop = Loop(run, load, frozen, step, predict, schedule, checkpoints, total, preemption)
+    now, host = loop.go(now, host)
+    run.lap("training")
+
+    # The best state, judged once on data that no choice was made on.
+    if host["best_step"] != int(now.step):
+      now, _ = checkpoints.restore_best(host["best_step"], now)
+    outputs = {
+      name: evaluate.run(predict, now, frozen, load[name], run.place, poll)
+      for name in load if name not in ("train", "train_sample")
+    }
+    run.lap("final evaluation")
+    merged = {**tuned.merge(frozen, now.trainable), **now.mutable}
+    calibration = run.task.calibrate(outputs["validation"])
+    if config.train.export and writer:
+      export(run, merged, calibration)
+    run.lap("export")
+    return results.conclude(
+      run, tuned, outputs, baseline, calibration, host, examples, command, writer
+    )
+
+
+def prepare(config, folder, poll) -> tuple[Run, dict]:
+  """Reads the data, preprocesses it, and loads the model for the task."""
+  started = time.monotonic()
+  grid = mesh.make(config.mesh)
+  mesh.check_batch(grid, config.train.batch, config.train.accumulate)
+  data = sources.load(config.data)
+  info = models.inspect(config.model.source, config.model.family)
+  if info.modality != config.data.modality:
+    raise errors.UserError(
+      f"data.modality={config.data.modality}: {config.model.source} reads {info.modality}; "
+      f"set data.modality={info.modality}"
+    )
+  modality = importlib.import_module(f"ft.data.{config.data.modality}")
+  preprocess = modality.Preprocess(config.data, info)
+  task = importlib.import_module(f"ft.tasks.{config.task.name}").Task(config.task, data, preprocess)
+  examples = {}
+  for name, rows in data.splits.items():
+    poll()
+    examples[name] = loaders.prepare(
+      rows, task.example, preprocess=preprocess,
+      drop_policy=config.data.drop, cache_bytes=config.data.cache_bytes,
+    )
+  logging.info("first example: %s", preprocess.show(examples["train"][0]))
+  poll()
+  pretrained = models.load_config(config.model, task.model_args, jax.random.PRNGKey(config.seed))
+  logging.info("%s", pretrained.report)
+  run = Run(config, folder, grid, data, task, preprocess, pretrained, poll, started)
+  run.lap("data and model")
+  return run, examples
+
+
+def make_loaders(run: Run, examples: dict) -> dict:
+  """A shuffling loader for train, one in fixed order for every other split."""
+  c, made = run.config, {}
+  sample = c.train.train_sample
+  if sample:
+    examples = {**examples, "train_sample": loaders.take(examples["train"], sample, c.seed)}
+  for name, part in examples.items():
+    training = name == "train"
+    made[name] = loaders.Loader(
+      part,
+      c.train.batch if training else c.train.eval_batch or 2 * c.train.batch,
+      seed=c.seed,
+      pad={} if part.lengths is None else run.preprocess.pad,
+      buckets=getattr(run.preprocess, "buckets", ()),
+      augment=run.preprocess.augment if training and run.preprocess.augments else None,
+      shuffle=training,
+      process_index=jax.process_index(), process_count=jax.process_count(),
+      workers=c.data.workers, prefetch=c.data.prefetch,
+    )
+  return made
+
+
+def extract_features(run: Run, examples: dict, frozen, mutable, tuned) -> dict:
+  """What the label head reads of every example before training: split -> arrays (N, …).
+
+  Kept in the run's folder, so that a run that goes on does not compute them again.
+  """
+  kept = run.folder / "features.npz"
+  if kept.is_file():
+    with np.load(kept) as file:
+      return {
+        name: {k.split("/")[1]: file[k] for k in file.files if k.startswith(name + "/")}
+        for name in examples
+      }
+  untouched = state.State(None, None, tuned.trainable, mutable, None, None)
+  apply = state.make_apply(run.pretrained.module, tuned.interceptor)
+  step = state.make_predict_step(
+    run.task.features, apply, tuned.combine, mesh.replicated(run.mesh)
+  )
+  found = {}
+  for name, loader in make_loaders(run, examples).items():
+    if name == "train_sample":
+      continue
+    if name == "train":
+      loader = loader.in_order()
+    bar = logs.Progress(f"features of {name}", loader.steps_per_epoch)
+    found[name] = evaluate.run(step, untouched, frozen, loader, run.place, run.poll, bar.show)
+  if jax.process_index() == 0:
+    unfinished = kept.with_suffix(".saving.npz")
+    np.savez(unfinished, **{f"{n}/{k}": v for n, part in found.items() for k, v in part.items()})
+    os.replace(unfinished, kept)
+  return found
+
+
+def new_host() -> dict:
+  """What the loop knows beside the state, before the first step; saved with every checkpoint."""
+  return {
+    "best_step": 0, "best": None, "since_best": 0, "evaluated": 0, "history": [], "offset": 0,
+    "seconds": {}, "compile_seconds": 0.0, "examples": 0,
+  }
+
+
+@dataclasses.dataclass
+class Loop:
+  """Order of a step: evaluate on the old state, save, next batch, step, log the step before.
+
+  That order is what makes a resumed run the same as one never interrupted.
+  """
+
+  run: Run
+  load: dict
+  frozen: object
+  step: Callable
+  predict: Callable
+  schedule: Callable
+  checkpoints: checkpoint.Checkpoints
+  total: int
+  preemption: Preemption
+
+  def go(self, now: state.State, host: dict) -> tuple[state.State, dict]:
+    """Trains from a state to the last step; returns the state there and the host's record."""
+    c, first, self.host = self.run.config.train, int(now.step), host
+    self.pending, self.waited, self.since = None, 0.0, (time.monotonic(), first)
+    self.metrics = logs.Metrics(self.run.folder, host["offset"], first)
+    self.bar = logs.Progress("step", self.total, first)
+    every = c.eval_every if c.eval_every >= 1 else c.eval_every * self.total
+    every = max(1, round(every)) if every else self.total
+    batches = self.load["train"].iterate(first, self.total)
+    try:
+      for number in range(first, self.total + 1):
+        last = number == self.total
+        if (last or number % every == 0) and number > host["evaluated"]:
+          self.evaluate(now, number)
+          self.save(now, number)
+        elif c.save_every and number % c.save_every == 0 and number > first:
+          self.save(now, number)
+        if c.patience and host["since_best"] >= c.patience:
+          logging.info("step %d: no better metric in %d evaluations; stopping", number, c.patience)
+          break
+        if not last:
+          now = self.one(now, number, batches)
+      self.flush()
+      if int(now.bad):
+        raise errors.TrainingFailed(f"the last {int(now.bad)} steps were not finite")
+    except errors.Preempted as stop:
+      self.save(now, int(now.step))
+      self.checkpoints.finish()
+      raise errors.Preempted(
+        f"{stop}; saved at step {int(now.step)} of {self.total}; the same command goes on"
+      ) from None
+    finally:
+      batches.close()
+      self.metrics.close()
+    self.checkpoints.finish()
+    return now, host
+
+  def one(self, now: state.State, number: int, batches) -> state.State:
+    """One step: stop if asked to, take the batch, dispatch, then log the step before."""
+    self.run.poll()
+    began = time.monotonic()
+    batch = next(batches)
+    self.waited += time.monotonic() - began
+    index = batch["index"]
+    if jax.process_count() > 1:  # every process learns of a signal to any, at the same step
+      batch["stop"] = np.full(len(index), bool(self.preemption.requested))
+    began, compiled = time.monotonic(), self.step._cache_size()
+    now, metrics = self.step(now, self.frozen, self.run.place(batch))
+    if self.step._cache_size() > compiled:
+      self.host["compile_seconds"] += time.monotonic() - began
+    before, self.pending = self.pending, (number, metrics, index)
+    if before and self.flush(before):
+      raise errors.Preempted("a signal to stop received")
+    return now
+
+  def flush(self, pending=None) -> bool:
+    """Reads a finished step's metrics, checks and logs them; True if a process wants to stop."""
+    if pending is None:
+      pending, self.pending = self.pending, None
+    if not pending:
+      return False
+    number, metrics, index = pending
+    c, values = self.run.config.train, jax.device_get(metrics)
+    if values["bad"]:
+      logging.warning("step %d: loss %s is not finite; step skipped", number, values["loss"])
+    if values["bad"] >= c.bad_steps:
+      raise errors.TrainingFailed(
+        f"loss or gradient not finite in {values['bad']} steps in a row, the last one step {number} "
+        f"with rows {index[index >= 0].tolist()} of train; try a lower optim.rate"
+      )
+    rate = float(self.schedule(number))
+    self.host["examples"] += int((index >= 0).sum()) * jax.process_count()
+    if (number + 1) % c.log_every == 0:
+      now, (began, first) = time.monotonic(), self.since
+      seconds = (now - began) / (number + 1 - first)
+      line = {f"train/{k}": float(v) for k, v in values.items() if k not in ("bad", "stop", "weight")}
+      line |= {
+        "train/rate": rate, "time/step_seconds": seconds,
+        "time/examples_per_second": c.batch / seconds, "time/data_wait": self.waited / (now - began),
+        **{f"memory/{k}_bytes": v for k, v in logs.peak_memory().items()},
+      }
+      self.metrics.write(number + 1, line)
+      self.since, self.waited = (now, number + 1), 0.0
+    speed = c.batch * (number + 1 - self.bar.start) / max(time.monotonic() - self.bar.began, 1e-9)
+    note = f"loss {values['loss']:.4f} rate {rate:.1e} {speed:.0f} examples/s"
+    self.bar.show(number + 1, note)
+    return bool(values.get("stop", False))
+
+  def evaluate(self, now: state.State, number: int) -> None:
+    """Metrics of the validation rows and a sample of the training rows, both in evaluation mode."""
+    self.flush()
+    run, host, line = self.run, self.host, {}
+    for name in ("validation", "train_sample"):
+      if name in self.load:
+        out = evaluate.run(self.predict, now, self.frozen, self.load[name], run.place, run.poll)
+        line |= {f"{name}/{k}": float(v) for k, v in run.task.metrics(out).items() if "/" not in k}
+    key, direction = run.task.metric
+    value = line[f"validation/{key}"]
+    if not np.isfinite(value):
+      raise errors.TrainingFailed(f"step {number}: validation {key} is not finite")
+    best = host["best"]
+    better = best is None or (value > best if direction == "max" else value < best)
+    if better:
+      host["best"], host["best_step"] = value, number
+    host["since_best"] = 0 if better else host["since_best"] + 1
+    host["evaluated"] = number
+    host["history"].append({"step": number, **line})
+    self.metrics.write(number, line)
+    shown = " ".join(f"{k} {v:.4f}" for k, v in line.items())
+    logging.info("step %d: %s%s", number, shown, " (best so far)" if better else "")
+    self.since, self.waited = (time.monotonic(), number), 0.0
+
+  def save(self, now: state.State, number: int) -> None:
+    """Starts a checkpoint that a run can go on from exactly."""
+    self.flush()
+    self.host["offset"] = self.metrics.offset()
+    host = {**self.host, "seconds": dict(self.run.seconds)}
+    self.checkpoints.save(number, now, host)

@@ -1,0 +1,30 @@
+"""Fine-tunes a pretrained model as a config says; the same command resumes an interrupted run.
+
+    python scripts/train.py --config=configs/quickstart.py --workdir=/tmp/quickstart
+
+Exit status: 0 done; 2 the input is wrong; 3 training failed; 75 preempted, run me again.
+"""
+
+import shlex
+import sys
+
+from absl import flags
+
+from ft import cli
+
+flags.DEFINE_string("config", "", "config file, as configs/NAME.py or configs/NAME.py:key=value,…")
+flags.DEFINE_string("workdir", "", "folder of the run, made if absent; a run in it goes on")
+
+
+def main(_):
+  from ft import compilation, errors, train
+
+  if not flags.FLAGS.workdir:
+    raise errors.UserError("--workdir=DIR is missing: the folder that will hold the run")
+  config = cli.config()
+  compilation.cache()
+  train.train(config, flags.FLAGS.workdir, "python " + shlex.join(sys.argv))
+
+
+if __name__ == "__main__":
+  cli.run(main, __doc__, with_config=True)
