@@ -6,6 +6,7 @@ processes all give the same rows in the same order with the same augmentation.
 """
 
 import concurrent.futures
+import copy
 import multiprocessing.connection
 import os
 import signal
@@ -93,6 +94,32 @@ def prepare(rows, preprocess_fn, *, preprocess=None, drop_policy="count",
                   np.array(lengths, np.int64) if pad else None, report, cache)
 
 
+def from_examples(examples, preprocess) -> "Examples":
+  """Takes examples that are at hand, as `preprocess` made them, row i being examples[i]."""
+  lengths = [preprocess.length(e) for e in examples] if preprocess.pad else None
+  return _in_memory(examples, np.arange(len(examples)), lengths)
+
+
+def from_arrays(arrays: dict) -> "Examples":
+  """Takes the examples of a split from arrays (N, …).
+
+  Args:
+    arrays: key -> (N, …); "index" (N,), where it is there, gives the row indices.
+  """
+  values = {key: value for key, value in arrays.items() if key not in ("index", "weight")}
+  n = len(next(iter(values.values())))
+  examples = [{key: value[i] for key, value in values.items()} for i in range(n)]
+  return _in_memory(examples, arrays.get("index", np.arange(n)), None)
+
+
+def take(examples: "Examples", n: int, seed: int) -> "Examples":
+  """Returns n of the examples, drawn by the seed, in the order of their rows; all if n is more."""
+  if n >= len(examples):
+    return examples
+  chosen = np.sort(np.random.default_rng(seed).permutation(len(examples))[:n])
+  return examples.select(chosen)
+
+
 class Examples:
   """The usable rows of a split as examples, those that fit kept in memory.
 
@@ -123,6 +150,13 @@ class Examples:
   def cached(self) -> bool:
     """Whether every example is in memory."""
     return len(self._cache) == len(self)
+
+  def select(self, positions) -> "Examples":
+    """Returns these of the examples, (M,) positions among them, with the same cache entries."""
+    cache = {new: self._cache[i] for new, i in enumerate(map(int, positions)) if i in self._cache}
+    report = {"rows": self.report.get("rows", len(self)), "used": len(positions)}
+    return Examples(self._rows, self._preprocess_fn, self.indices[positions],
+                    None if self.lengths is None else self.lengths[positions], report, cache)
 
   def __getstate__(self):
     # Worker processes are sent the rows, not the cache: they exist to read what is not in it.
@@ -171,6 +205,12 @@ class Loader:
     self._part = slice(process_index * part, (process_index + 1) * part)
     self._workers, self._prefetch = workers, prefetch
     self._plans = {}
+
+  def in_order(self) -> "Loader":
+    """Returns a loader of the same batches' size without shuffling and augmentation."""
+    other = copy.copy(self)
+    other.shuffle, other._augment, other._plans = False, None, {}
+    return other
 
   def batch(self, step: int) -> dict:
     """Returns this process's part of the batch of a step (counted over all epochs).
@@ -276,6 +316,13 @@ class Loader:
     for row, value in zip(out, values):
       row[:len(value)] = value
     return out
+
+
+def _in_memory(examples, indices, lengths):
+  report = {"rows": len(examples), "used": len(examples), "dropped": 0, "dropped_rows": []}
+  return Examples(None, None, np.asarray(indices, np.int64),
+                  None if lengths is None else np.array(lengths, np.int64), report,
+                  dict(enumerate(examples)))
 
 
 def _start_worker(unused_index, unused_count):

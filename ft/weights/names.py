@@ -11,10 +11,10 @@ the first is written for a tensor that was not loaded; `{*}`, any rest (of tenso
 tensors in a sub-folder of the checkpoint start with the folder: `2_Dense/linear.weight`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import functools
 import re
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import numpy as np
@@ -208,13 +208,13 @@ def dump_tree(leaves: Mapping, rules: Iterable[Rule], layout: Layout | None = No
   for path, leaf in leaves.items():
     rule, fields = _rule_of(path, rules)
     groups = _match(rule.theirs, layout.names.get(path, "")) or {**fields, "optional": usual}
-    sources[_write(rule.theirs, groups, prefix)] = (rule, leaf)
+    dtype = layout.dtypes.get(layout.names.get(path))
+    sources[_write(rule.theirs, groups, prefix)] = (rule, leaf, dtype)
   widest = max(layout.dtypes.values(), key=lambda d: d.itemsize, default=None)
-  exact = all(_holds(leaf, layout.dtypes.get(name, widest)) for name, (_, leaf) in sources.items())
+  exact = all(_holds(leaf, dtype or widest) for _, leaf, dtype in sources.values())
   out = {}
-  for name, (rule, leaf) in sources.items():
-    dtype = layout.dtypes.get(name) if exact else None
-    out[name] = _Dumped(TRANSFORMS[rule.transform].dump, leaf, dtype)
+  for name, (rule, leaf, dtype) in sources.items():
+    out[name] = _Dumped(TRANSFORMS[rule.transform].dump, leaf, dtype if exact else None)
   for name, value in layout.buffers.items():
     rule, groups = _parse(name, rules)
     if rule:
@@ -321,7 +321,6 @@ def _regex(pattern: str) -> re.Pattern:
   return re.compile(out)
 
 
-@functools.lru_cache(maxsize=None)
 def _match(pattern: str, name: str) -> dict | None:
   """Returns the pattern's variable parts in a name, or None if the name is not of the pattern."""
   match = _regex(pattern).fullmatch(name)
@@ -367,9 +366,12 @@ def _rule_of(path: str, rules) -> tuple:
   raise KeyError(f"no rule of the name table gives {path}")
 
 
-def _shape(function, shape) -> tuple:
-  """Returns the shape that a transform makes of a shape, without an array of that size."""
-  return function(np.broadcast_to(np.int8(0), shape)).shape
+def _shape(function, shape) -> tuple | None:
+  """Returns the shape that a transform makes of a shape; None if it has too few or many axes."""
+  try:
+    return function(np.broadcast_to(np.int8(0), shape)).shape  # no array of that size is made
+  except (ValueError, IndexError):
+    return None
 
 
 def _is_float(dtype) -> bool:

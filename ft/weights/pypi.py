@@ -154,14 +154,14 @@ class _Login(urllib.request.BaseHandler):
 
 def _find(client: _Client, place: str, name: str, file: str) -> Link:
   """Returns the link to `file` that a place offers; LookupError where it offers none."""
-  folder = _local(place) / _normal(name) if name else _local(place)
-  if _local(place) != pathlib.Path() and not (folder / "index.html").is_file():
+  folder, url = _local(place), f"{place}/{_normal(name)}/" if name else place
+  if folder is not None:
+    folder = folder / _normal(name) if name else folder
     if (folder / file).is_file():
       return Link((folder / file).resolve().as_uri())
-    raise LookupError
-  url = f"{place}/{_normal(name)}/" if name else place
-  if _local(place) != pathlib.Path():
-    url = (folder / "index.html").resolve().as_uri()
+    url = (folder if folder.is_file() else folder / "index.html").resolve().as_uri()
+    if not (folder.is_file() or (folder / "index.html").is_file()):
+      raise LookupError
   try:
     links = _retry(lambda: _read_page(client, url))
   except urllib.error.HTTPError as e:
@@ -171,7 +171,7 @@ def _find(client: _Client, place: str, name: str, file: str) -> Link:
   if file not in links:
     raise LookupError
   link = links[file]
-  schemes = ("http", "https", "file") if _local(place) != pathlib.Path() else ("http", "https")
+  schemes = ("http", "https") if folder is None else ("http", "https", "file")
   if urllib.parse.urlsplit(link.url).scheme not in schemes:
     raise ValueError(f"offers {file} under a URL that is not http(s)")
   return link
@@ -193,9 +193,10 @@ def _read_page(client: _Client, url: str) -> dict[str, Link]:
 
 
 def _json_links(page: dict, base: str) -> dict[str, Link]:
-  files = page.get("files") if isinstance(page, dict) else None
-  if not isinstance(files, list):
-    raise ValueError("its answer is not PEP 691")
+  try:
+    files = list(page["files"])
+  except (TypeError, KeyError) as e:
+    raise ValueError("its answer is not PEP 691") from e
   return {str(f.get("filename")): Link(urllib.parse.urljoin(base, str(f.get("url"))),
                                        (f.get("hashes") or {}).get("sha256", ""),
                                        int(f.get("size") or 0))
@@ -286,19 +287,20 @@ def _pip_files() -> list[pathlib.Path]:
   config = pathlib.Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config")
   shared = os.environ.get("XDG_CONFIG_DIRS") or "/etc/xdg"
   files = [pathlib.Path(folder) / "pip/pip.conf" for folder in shared.split(os.pathsep)]
-  files += [pathlib.Path("/etc/pip.conf"), home / ".pip/pip.conf", config / "pip/pip.conf"]
+  files += [pathlib.Path("/etc/pip.conf")]
+  if not (own and pathlib.Path(own).exists()):
+    files += [home / ".pip/pip.conf", config / "pip/pip.conf"]
   if sys.platform == "darwin":
-    support = "Library/Application Support/pip/pip.conf"
-    files = [pathlib.Path("/") / support, *files, home / support]
+    files += [home / "Library/Application Support/pip/pip.conf"]
   return [*files, pathlib.Path(sys.prefix) / "pip.conf", *([pathlib.Path(own)] if own else [])]
 
 
-def _local(place: str) -> pathlib.Path:
-  """Returns the folder or file that a place on this machine names, else an empty path."""
+def _local(place: str) -> pathlib.Path | None:
+  """Returns the folder or file that a place on this machine names; None for one of the network."""
   parts = urllib.parse.urlsplit(place)
   if parts.scheme == "file":
     return pathlib.Path(urllib.request.url2pathname(parts.path))
-  return pathlib.Path() if parts.scheme in ("http", "https") else pathlib.Path(place).expanduser()
+  return None if parts.scheme in ("http", "https") else pathlib.Path(place).expanduser()
 
 
 def _public(url: str) -> str:

@@ -337,3 +337,43 @@ def test_without_lengths_rows_come_in_order_and_stack():
   index = np.concatenate([b["index"] for b in batches.iterate()])
   assert list(index) == [*range(10), -1, -1]
   assert batches.batch(2)["x"].shape == (4, 2, 2)
+
+
+def test_examples_at_hand():
+  words = Words(np.array([5, 3, 9]))
+  examples = loader.from_examples([words(words[i]) for i in range(3)], words)
+  assert list(examples.lengths) == [5, 3, 9] and examples.cached
+  batch = loader.Loader(examples, 4, pad=PAD, buckets=(16,)).batch(0)
+  assert list(batch["index"]) == [1, 0, 2, -1] and batch["tokens"].shape == (4, 16)
+
+
+def test_arrays_keep_their_row_index():
+  arrays = {"features": np.arange(12.0).reshape(4, 3), "label": np.arange(4), "weight": np.ones(4),
+            "index": np.array([2, 3, 5, 8])}
+  examples = loader.from_arrays(arrays)
+  batch = loader.Loader(examples, 4, shuffle=True).batch(0)
+  assert sorted(batch["index"]) == [2, 3, 5, 8] and set(batch) == {
+      "features", "label", "weight", "index"}
+  for features, label, index in zip(batch["features"], batch["label"], batch["index"]):
+    assert examples.indices[label] == index
+    np.testing.assert_array_equal(features, arrays["features"][label])
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 20_000, 10**9])
+def test_take_draws_by_seed_and_keeps_the_rows(cache_bytes):
+  examples = _words(103, bad=[4, 5], cache_bytes=cache_bytes)
+  some, same = loader.take(examples, 20, 1), loader.take(examples, 20, 1)
+  assert len(some) == len(some.indices) == len(some.lengths) == 20
+  assert list(some.indices) == list(same.indices) == sorted(set(some.indices))
+  assert list(some.indices) != list(loader.take(examples, 20, 2).indices)
+  for i, row in enumerate(some.indices):
+    assert some[i]["tokens"][0] == row + 1 and len(some[i]["tokens"]) == some.lengths[i]
+  assert len(loader.take(examples, 1000, 1)) == 101
+
+
+def test_in_order_is_the_plain_loader():
+  training, plain = _loader(augment=_noise), _loader(shuffle=False)
+  training.batch(0)
+  for step in range(plain.steps_per_epoch):
+    _same(training.in_order().batch(step), plain.batch(step))
+  assert "noise" in training.batch(0)

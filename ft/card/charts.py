@@ -1,0 +1,156 @@
+"""The card's figures as inline SVG: small panels of one width, so that text keeps its size.
+
+Colours come from the page's style sheet (classes), so figures follow dark, light and print.
+"""
+
+import math
+
+from ft.card import words
+from ft.card.markup import h
+
+WIDTH = 340
+_LEFT, _RIGHT = 44, 12  # Margins of the plots with two axes.
+
+
+def intervals(rows, metric, low, high, label):
+  """Dots with their intervals, one line a row, over a scale shared between panels.
+
+  Args:
+    rows: [(name, value, (lo, hi) or None, emphasised)]. metric: for the format of numbers.
+    low, high: ends of the scale. label: what a screen reader says.
+  """
+  left, right, step = 96, WIDTH - 44, 24
+  height = step * len(rows) + 26
+
+  def x(value):
+    return left + (right - left) * (min(max(value, low), high) - low) / (high - low)
+
+  parts = []
+  for tick in ticks(low, high, 4):
+    parts.append(h("line", x1=_r(x(tick)), x2=_r(x(tick)), y1=4, y2=height - 22, cls="grid"))
+    parts.append(h("text", _tick(tick, metric), x=_r(x(tick)), y=height - 8, cls="tick mid"))
+  for i, (name, value, pair, strong) in enumerate(rows):
+    y, cls = step * i + 16, "strong" if strong else "weak"
+    parts.append(h("text", name, x=left - 10, y=y + 4, cls=f"row end {cls}"))
+    if pair and all(words.finite(v) for v in pair):
+      parts.append(h("line", x1=_r(x(pair[0])), x2=_r(x(pair[1])), y1=y, y2=y, cls=f"bar {cls}"))
+    if words.finite(value):
+      parts.append(h("circle", cx=_r(x(value)), cy=y, r=4.5 if strong else 3.5,
+                     cls=f"dot {cls}"))
+    parts.append(h("text", words.number(value, metric), x=WIDTH, y=y + 4, cls=f"row end {cls}"))
+  return _svg(height, label, parts)
+
+
+def lines(series, label, mark=None, metric=""):
+  """Curves over steps.
+
+  Args:
+    series: [(name, [(step, value)], class)] in drawing order. label: what a screen reader says.
+    mark: (step, text) of a vertical line, or None. metric: for the format of the axis.
+  """
+  height, top, bottom = 210, 30, 182
+  points = [point for _, curve, _ in series for point in curve]
+  first, last = min(s for s, _ in points), max(s for s, _ in points)
+  last = last if last > first else first + 1
+  low, high = span([v for _, v in points])
+
+  def x(step):
+    return _LEFT + (WIDTH - _LEFT - _RIGHT) * (step - first) / (last - first)
+
+  def y(value):
+    return bottom - (bottom - top) * (value - low) / (high - low)
+
+  parts = _axes(ticks(low, high, 4), ticks(first, last, 5), x, y, top, bottom, metric)
+  parts.append(h("text", "step", x=WIDTH - _RIGHT, y=height - 1, cls="tick end"))
+  if mark is not None and first <= mark[0] <= last:
+    at = x(mark[0])
+    end = at > WIDTH * 0.7
+    parts.append(h("line", x1=_r(at), x2=_r(at), y1=top, y2=bottom, cls="mark"))
+    parts.append(h("text", mark[1], x=_r(at + (-5 if end else 5)), y=bottom - 6,
+                   cls="tick end" if end else "tick"))
+  offset = _LEFT
+  for name, curve, cls in series:
+    parts.append(h("line", x1=offset, x2=offset + 18, y1=12, y2=12, cls=f"line {cls}"))
+    parts.append(h("text", name, x=offset + 23, y=16, cls="tick"))
+    offset += 34 + 6.2 * len(name)
+    if len(curve) <= 30:
+      parts += [h("circle", cx=_r(x(s)), cy=_r(y(v)), r=2.4, cls=f"point {cls}")
+                for s, v in curve]
+    parts.append(h("polyline", cls=f"line {cls}",
+                   points=" ".join(f"{_r(x(s))},{_r(y(v))}" for s, v in curve)))
+  return _svg(height, label, parts)
+
+
+def reliability(tables, label):
+  """Accuracy against confidence by bin; a dot's area is its share of rows, the diagonal is perfect.
+
+  Args:
+    tables: [(name, {"confidence", "accuracy", "count"}, class)]. label: for screen readers.
+  """
+  height, top, bottom = 300, 30, 262
+
+  def x(value):
+    return _LEFT + (WIDTH - _LEFT - _RIGHT) * value
+
+  def y(value):
+    return bottom - (bottom - top) * value
+
+  quarters = [0, 0.25, 0.5, 0.75, 1.0]
+  parts = _axes(quarters, quarters, x, y, top, bottom, "accuracy", both=True)
+  parts.append(h("text", "confidence, %", x=WIDTH - _RIGHT, y=height - 4, cls="tick end"))
+  parts.append(h("line", x1=_r(x(0)), y1=_r(y(0)), x2=_r(x(1)), y2=_r(y(1)), cls="mark"))
+  offset = _LEFT
+  for name, table, cls in tables:
+    parts.append(h("circle", cx=offset + 5, cy=12, r=4.5, cls=f"point {cls}"))
+    parts.append(h("text", name, x=offset + 15, y=16, cls="tick"))
+    offset += 28 + 6.2 * len(name)
+    rows = [(c, a, n) for c, a, n in zip(table["confidence"], table["accuracy"], table["count"],
+                                         strict=True) if words.finite(c) and words.finite(a)]
+    total = sum(n for *_, n in rows) or 1
+    parts.append(h("polyline", cls=f"line thin {cls}",
+                   points=" ".join(f"{_r(x(c))},{_r(y(a))}" for c, a, _ in rows)))
+    parts += [h("circle", cx=_r(x(c)), cy=_r(y(a)), r=_r(2.5 + 9 * math.sqrt(n / total)),
+                cls=f"point {cls}") for c, a, n in rows]
+  return _svg(height, label, parts)
+
+
+def span(values, room=0.06):
+  """(low, high) that hold all values with some room, never equal."""
+  low, high = min(values), max(values)
+  room = room * (high - low) or 0.05 * abs(high) or 0.05
+  return low - room, high + room
+
+
+def ticks(low, high, most):
+  """At most most + 1 round numbers within [low, high]."""
+  raw = (high - low) / most
+  power = 10.0 ** math.floor(math.log10(raw))
+  step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * (1 - 1e-9))
+  first = math.ceil(low / step - 1e-9)
+  return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _axes(y_ticks, x_ticks, x, y, top, bottom, metric, both=False):
+  parts = []
+  for tick in y_ticks:
+    parts.append(h("line", x1=_LEFT, x2=WIDTH - _RIGHT, y1=_r(y(tick)), y2=_r(y(tick)),
+                   cls="grid"))
+    parts.append(h("text", _tick(tick, metric), x=_LEFT - 6, y=_r(y(tick) + 4), cls="tick end"))
+  whole = [t for t in x_ticks if both or t == int(t)]
+  parts += [h("text", _tick(t, metric) if both else f"{int(t):,}", x=_r(x(t)), y=bottom + 15,
+              cls="tick mid") for t in whole]
+  return parts
+
+
+def _svg(height, label, parts):
+  return h("svg", parts, viewBox=f"0 0 {WIDTH} {height}", role="img", aria_label=label,
+           xmlns="http://www.w3.org/2000/svg")
+
+
+def _tick(value, metric):
+  text = f"{100 * value:.4g}" if words.is_share(metric) else f"{value:.4g}"
+  return text.replace("-", "−")
+
+
+def _r(value):
+  return round(value, 1)

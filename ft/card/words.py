@@ -1,0 +1,138 @@
+"""What a card says in sentences: one wording for the page and for the terminal."""
+
+import math
+
+from ft import guards
+from ft.guards import overfit
+
+NAMES = {"majority": "majority class", "probe": "frozen probe", "fine-tuned": "fine-tuned"}
+METRICS = {"macro_f1": "macro-F1", "auroc": "AUROC", "log_loss": "log-loss", "ece": "ECE"}
+
+
+def row_name(name):
+  """Name of a results row as a reader sees it."""
+  return NAMES.get(name, name)
+
+
+def metric_name(name):
+  """Name of a metric as a reader sees it."""
+  return METRICS.get(name, name.replace("_", " "))
+
+
+def is_share(metric):
+  """Whether a metric is a share that is shown in per cent."""
+  return metric in overfit.SHARES or metric.startswith("recall")
+
+
+def number(value, metric):
+  """A metric's value: "86.5" for shares (per cent), three decimals otherwise, "–" for none."""
+  if not finite(value):
+    return "–"
+  text = f"{100 * value:.1f}" if is_share(metric) else f"{value:.3f}"
+  return text.replace("-", "−")
+
+
+def interval(pair, metric):
+  """"[84.9, 88.0]", or "" where there is none."""
+  if not pair or not all(finite(value) for value in pair):
+    return ""
+  return f"[{number(pair[0], metric)}, {number(pair[1], metric)}]"
+
+
+def finite(value):
+  """Whether value is a number that can be shown."""
+  return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def rows_in_order(rows):
+  """Row names of a results table: majority, probe, other baselines, fine-tuned."""
+  first = [name for name in (guards.MAJORITY, guards.PROBE) if name in rows]
+  last = [guards.TUNED] if guards.TUNED in rows else []
+  return first + [name for name in rows if name not in first + last] + last
+
+
+def splits_in_order(record):
+  """Splits of the results for show: test first, then the rest; train and validation are left out.
+
+  A choice was made on validation and the model saw train, so neither is evidence of a gain.
+  """
+  splits = [name for name in record.get("results") or {} if name not in ("train", "validation")]
+  return sorted(splits, key=lambda name: name != "test")
+
+
+def headline(record, split):
+  """(baseline name, difference row) that the verdict of a split is about, or (None, None)."""
+  rows = (record.get("differences") or {}).get(split) or {}
+  prefix = f"{guards.TUNED} - "
+  keys = sorted((key for key in rows if key.startswith(prefix)),
+                key=lambda key: key != prefix + guards.PROBE)
+  return (keys[0].removeprefix(prefix), rows[keys[0]]) if keys else (None, None)
+
+
+def judge(record, row):
+  """The verdict of a difference row, "not measured" where its interval is not defined."""
+  if not finite(row["lo"]) or not finite(row["hi"]):
+    return "not measured"
+  mode = (record.get("task") or {}).get("mode") or "max"
+  return row.get("verdict") or overfit.judge(row["lo"], row["hi"], mode)
+
+
+def verdict(record, split, subject="Fine-tuning"):
+  """One sentence: what was gained on a split over the frozen probe, with the interval."""
+  baseline, row = headline(record, split)
+  if row is None:
+    return f"{subject} on {split}: not measured, no baseline was compared on the same rows."
+  metric = row["metric"]
+  found = judge(record, row)
+  if found == "not measured":
+    return f"{subject} on {split}: not measured, the interval is not defined (n = {row['n']})."
+  return (f"{subject} {found} on {split}: {overfit.signed(row, metric)} {metric_name(metric)} "
+          f"over the {row_name(baseline)} (n = {row['n']:,}).")
+
+
+def verdicts(record):
+  """[(split, verdict word, sentence)] for every split shown."""
+  found = []
+  for split in splits_in_order(record):
+    row = headline(record, split)[1]
+    word = judge(record, row) if row else "not measured"
+    found.append((split, word, verdict(record, split)))
+  return found
+
+
+def conclusion(record):
+  """The whole verdict in a sentence or two: test first, then the splits grouped by what happened."""
+  test = headline(record, "test")
+  if test[1] is None:
+    return "Whether fine-tuning gained anything on test was not measured."
+  baseline, row = test
+  metric = row["metric"]
+  text = (f"Fine-tuning {judge(record, row)} {overfit.signed(row, metric)} of "
+          f"{metric_name(metric)} on test over the {row_name(baseline)}")
+  if judge(record, row) == "did not gain":
+    text = (f"Fine-tuning did not gain on test over the {row_name(baseline)}: "
+            f"{overfit.signed(row, metric)} of {metric_name(metric)}")
+  elif judge(record, row) == "not measured":
+    text = "Whether fine-tuning gained anything on test was not measured"
+  others = {}
+  for split, word, _ in verdicts(record):
+    if split != "test":
+      others.setdefault(word, []).append(split)
+  parts = [f"{_and(splits)} {word if word != 'not measured' else _were(splits) + word}"
+           + _detail(record, splits) for word, splits in others.items()]
+  return "; ".join([text, *parts]) + "."
+
+
+def _detail(record, splits):
+  rows = [headline(record, split)[1] for split in splits]
+  shown = [overfit.signed(row, row["metric"]).replace(" points", "") for row in rows
+           if row and judge(record, row) != "not measured"]
+  return f": {', '.join(shown)}" if shown else ""
+
+
+def _were(splits):
+  return "were " if len(splits) > 1 else "was "
+
+
+def _and(names):
+  return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]

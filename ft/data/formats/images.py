@@ -1,0 +1,50 @@
+"""A folder of images by class: the label of an image is the name of its folder."""
+
+import pathlib
+
+from absl import logging
+
+from ft import errors
+from ft.data.formats import Options, Table
+
+FORMATS = ("images",)
+SUFFIXES = {}
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+
+
+def read(path: pathlib.Path, options: Options) -> Table:
+  """Lists a folder, files sorted; images that lie in it directly (or a single file) have no label.
+
+  Files that are no images by their suffix are left out and counted in the log.
+  """
+  if not path.is_dir():
+    records = [{"image": path}]
+    return Table(options.display, ("image",), records, lambda i: options.display, path.parent)
+  files = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
+  found = [p for p in files if p.suffix.lower() in IMAGES]
+  folders = sorted({p.relative_to(path).parts[0] for p in found if p.parent != path})
+  if not found:
+    raise errors.UserError(
+        f"{options.display}: no images in it (looked for {' '.join(IMAGES)}); it holds "
+        f"{', '.join(sorted(p.name for p in path.iterdir())[:12]) or 'nothing'}.")
+  if folders and {f.lower() for f in folders} <= SPLITS:
+    raise errors.UserError(
+        f"{options.display}: its folders {', '.join(folders)} look like splits, not classes; set "
+        f"data.train to {path / folders[-1] if len(folders) == 1 else path / folders[0]} and so on.")
+  if len(found) < len(files):
+    logging.info("%s: %d files are no images and are left out", options.display,
+                 len(files) - len(found))
+  if not folders:
+    records = [{"image": p} for p in found]
+    return Table(options.display, ("image",), records, lambda i: str(records[i]["image"]), path)
+  loose = [p.name for p in found if p.parent == path]
+  if loose:
+    raise errors.UserError(f"{options.display}: {loose[0]} and {len(loose) - 1} more images lie beside "
+                           f"the class folders {', '.join(folders)}; move them into one.")
+  records = [{"image": p, "label": p.relative_to(path).parts[0]} for p in found]
+  return Table(options.display, ("image", "label"), records, lambda i: str(records[i]["image"]), path)
+
+
+def _hidden(path: pathlib.Path) -> bool:
+  return any(part.startswith((".", "__")) for part in path.parts)

