@@ -38,9 +38,10 @@ class Predictor:
     self.calibration = spec["calibration"]
     self.rows = modality.read_rows
     self.batch = batch
-    pretrained = models.load(self.folder)
+    pretrained = models.load(str(self.folder))
     self.variables = pretrained.variables
-    self._step = state.make_predict_step(
+    self.state = state.State(None, None, {}, {}, None, None)
+    self.step = state.make_predict_step(
       self.task.predict, state.make_apply(pretrained.module), lambda frozen, trainable: frozen
     )
 
@@ -68,6 +69,7 @@ class Predictor:
           raise row
         examples.append(self.preprocess(row))
         where.append(place)
+        answers[place] = {"id": row["id"]} if "id" in row else {}
       except errors.RowError as error:
         answers[place] = {"error": str(error)}
     for part in _alike(examples, self.preprocess.pad):
@@ -76,11 +78,11 @@ class Predictor:
         chosen, self.batch, pad=self.preprocess.pad, buckets=self.preprocess.buckets
       )
       for batch in loader.iterate():
-        outputs = jax.device_get(self._step({}, {}, self.variables, batch))
+        outputs = jax.device_get(self.step({}, {}, self.variables, batch))
         for at, index in enumerate(outputs["index"]):
           if index >= 0:
             one = {key: np.asarray(value[at]) for key, value in outputs.items()}
-            answers[where[part[index]]] = self.task.describe(one, self.calibration)
+            answers[where[part[index]]] |= self.task.describe(one, self.calibration)
     return answers
 
 

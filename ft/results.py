@@ -1,9 +1,7 @@
 """The end of a run: results with intervals, guards, the card, the exported model."""
 
 import dataclasses
-import importlib
 import json
-import pathlib
 import platform
 import time
 
@@ -11,10 +9,9 @@ import jax
 import numpy as np
 from absl import logging
 
-from ft import card, logs, models, stats
+from ft import card, guards, logs, models
 from ft import config as config_lib
-
-TUNED = "fine-tuned"
+from ft.guards import overfit
 
 
 def export(run, variables: dict, calibration: dict) -> None:
@@ -34,42 +31,30 @@ def export(run, variables: dict, calibration: dict) -> None:
   models.export(tuned, run.folder / "model")
 
 
-def compare(task, outputs: dict[str, dict]) -> tuple[dict, dict]:
-  """Metrics with 95 % bootstrap intervals by row, and paired differences to the tuned row.
+def conclude(run, tuned, outputs, baseline, calibration, host, examples, command, writer) -> dict:
+  """Builds the record of the run, writes its card and tells the terminal; returns the record.
 
   Args:
-    task: gives metrics and per-example scores.
-    outputs: row name -> outputs of one split, over the same examples.
-  Returns:
-    (row -> {metrics, interval, n}, "fine-tuned - row" -> {metric, difference, lo, hi, n})
+    outputs: split -> what the tuned model gave.
+    baseline: row name -> split -> what no training gives, or None.
+    calibration: what the task fitted on validation.
+    host: what the loop recorded.
   """
-  key, _ = task.metric
-  rows, differences, scores = {}, {}, {}
-  for name, out in outputs.items():
-    scores[name] = task.score(out)
-    low, high = stats.bootstrap(scores[name])
-    rows[name] = {
-      "metrics": task.metrics(out),
-      "interval": {key: [low, high]},
-      "n": len(scores[name]),
-    }
-  for name in outputs:
-    if name != TUNED:
-      difference, low, high = stats.paired_bootstrap(scores[TUNED], scores[name])
-      differences[f"{TUNED} - {name}"] = {
-        "metric": key, "difference": difference, "lo": low, "hi": high, "n": len(scores[name]),
-      }
-  return rows, differences
-
-
-def conclude(run, tuned, outputs, baseline, calibration, host, examples, command, writer) -> dict:
-  """Builds the record of the run, writes its card and tells the terminal; returns the record."""
-  judged = [name for name in outputs if name != "validation"]
-  results, differences = {}, {}
-  for name in ["validation", *judged]:
-    rows = {b: splits[name] for b, splits in (baseline or {}).items() if name in splits}
-    results[name], differences[name] = compare(run.task, {**rows, TUNED: outputs[name]})
+  metric, mode = run.task.metric
+  rows = {
+    split: {**{name: of[split] for name, of in (baseline or {}).items()}, guards.TUNED: out}
+    for split, out in outputs.items()
+  }
+  evidence = guards.Evidence(
+    metric=metric, mode=mode, history=host["history"], outputs=rows, score=run.task.score,
+    metrics=run.task.metrics, extra=tuple(s for s in outputs if s not in ("validation", "test")),
+  )
+  resamples = run.config.guard.overfit.resamples
+  results = overfit.results(evidence, resamples)
+  differences = overfit.differences(evidence, resamples)
   run.lap("results")
+  evidence.cost = describe_cost(run, tuned, host)
+  found = guards.measure(run.config.guard, evidence)
   record = {
     "title": run.config.title or f"{run.config.model.source}: {run.config.task.name}",
     "notes": list(run.config.notes),
@@ -79,19 +64,15 @@ def conclude(run, tuned, outputs, baseline, calibration, host, examples, command
     "versions": versions(),
     "data": describe_data(run, examples),
     "model": describe_model(run, tuned),
-    "task": {"name": run.config.task.name, "metric": run.task.metric[0], **run.task.describe_task()},
+    "task": {"name": run.config.task.name, "metric": metric, **run.task.describe_task()},
     "history": host["history"],
-    "best": {"step": host["best_step"], "metric": run.task.metric[0], "value": host["best"]},
+    "best": {"step": host["best_step"], "metric": metric, "value": host["best"]},
     "results": results,
-    "differences": {name: differences[name] for name in judged},
+    "differences": differences,
     **run.task.evidence(outputs, calibration),
-    "cost": describe_cost(run, tuned, host),
-  }
-  record["guards"] = {
-    path.stem: importlib.import_module(f"ft.guards.{path.stem}").measure(
-      record, run.config.guard[path.stem]
-    )
-    for path in sorted((pathlib.Path(__file__).parent / "guards").glob("[a-z]*.py"))
+    "calibration": found["calibrate"]["numbers"],
+    "guards": found,
+    "cost": found["cost"]["numbers"],
   }
   if writer:
     card.write(record, run.folder)
@@ -103,42 +84,61 @@ def conclude(run, tuned, outputs, baseline, calibration, host, examples, command
 
 
 def describe_data(run, examples: dict) -> dict:
+  """The card's account of the rows."""
   splits = {}
   for name, rows in run.data.splits.items():
-    splits[name] = {"rows": len(rows), **run.data.report.get("splits", {}).get(name, {})}
-  counts = {name: part.report for name, part in examples.items() if getattr(part, "report", None)}
-  first = run.preprocess.show(run.task.example(run.data.splits["train"][0]))
-  return {"splits": splits, "report": run.data.report, "counts": counts, "first_example": first}
+    splits[name] = {
+      "rows": len(examples[name]),
+      "labels": run.data.report["labels"].get(name, {}),
+      "fingerprint": card.fingerprint(rows[i] for i in range(len(rows))),
+    }
+  counts = {}
+  for name, part in examples.items():
+    for key, value in (getattr(part, "report", None) or {}).items():
+      counts[f"{name}/{key}"] = value
+  return {
+    "splits": splits, "report": run.data.report, "counts": counts,
+    "first_example": run.first_example,
+  }
 
 
 def describe_model(run, tuned) -> dict:
-  size = lambda tree: sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))  # noqa: E731
-  trainable, frozen = size(tuned.trainable), size(tuned.frozen)
+  """The card's account of what was loaded and what trained."""
+  trainable, frozen = count(tuned.trainable), count(tuned.frozen)
   return {
     "source": run.config.model.source,
     "family": run.pretrained.family,
     "parameters": trainable + frozen,
     "trainable": trainable,
     "share": trainable / (trainable + frozen),
-    "method": run.config.tune.method,
-    "table": [[row.path, list(row.shape), row.count] for row in tuned.table],
+    "table": [list(row) for row in tuned.table],
     "load_report": dataclasses.asdict(run.pretrained.report),
   }
 
 
 def describe_cost(run, tuned, host: dict) -> dict:
-  training = run.seconds.get("training", 0.0)
-  saved = run.folder / "checkpoints"
+  """What the cost guard reads; see ft/guards/cost.py."""
+  saved = sorted((run.folder / "checkpoints").glob("step_?????????"))
+  newest = saved[-1:] and sum(p.stat().st_size for p in saved[-1].rglob("*") if p.is_file())
+  loop = max(run.seconds.get("training", 0.0) - host["compile_seconds"], 1e-9)
+  trainable = count(tuned.trainable)
   return {
-    "seconds": {phase: round(value, 2) for phase, value in run.seconds.items()},
-    "total_seconds": round(sum(run.seconds.values()), 2),
-    "compile_seconds": round(host["compile_seconds"], 2),
-    "examples_per_second": host["examples"] / training if training else None,
-    "peak_bytes": logs.peak_memory(),
-    "checkpoint_bytes": sum(p.stat().st_size for p in saved.rglob("*") if p.is_file()),
+    "phases": {phase: round(value, 2) for phase, value in run.seconds.items()},
+    "examples": host["examples"],
+    "examples_per_second": host["examples"] / loop,
+    "compile_seconds": host["compile_seconds"],
+    "data_wait_share": host["waited"] / loop,
+    "parameters": trainable + count(tuned.frozen),
+    "trainable": trainable,
+    "checkpoint_bytes": newest or None,
     "devices": jax.device_count(),
-    "processes": jax.process_count(),
+    **{f"peak_bytes": v for k, v in logs.peak_memory().items() if k == "device"},
   }
+
+
+def count(tree) -> int:
+  """Numbers of elements in a tree."""
+  return sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(tree))
 
 
 def versions() -> dict:

@@ -51,6 +51,7 @@ class Run:
   task: object
   preprocess: object
   pretrained: models.Pretrained
+  first_example: str
   poll: Callable
   started: float = dataclasses.field(default_factory=time.monotonic)
   seconds: dict = dataclasses.field(default_factory=dict)  # phase -> wall seconds
@@ -167,11 +168,12 @@ def prepare(config, folder, poll) -> tuple[Run, dict]:
       rows, task.example, preprocess=preprocess,
       drop_policy=config.data.drop, cache_bytes=config.data.cache_bytes,
     )
-  logging.info("first example: %s", preprocess.show(examples["train"][0]))
+  first = preprocess.show(examples["train"][0])
+  logging.info("first example: %s", first)
   poll()
   pretrained = models.load_config(config.model, task.model_args, jax.random.PRNGKey(config.seed))
   logging.info("%s", pretrained.report)
-  run = Run(config, folder, grid, data, task, preprocess, pretrained, poll, started)
+  run = Run(config, folder, grid, data, task, preprocess, pretrained, first, poll, started)
   run.lap("data and model")
   return run, examples
 
@@ -234,7 +236,7 @@ def new_host() -> dict:
   """What the loop knows beside the state, before the first step; saved with every checkpoint."""
   return {
     "best_step": 0, "best": None, "since_best": 0, "evaluated": 0, "history": [], "offset": 0,
-    "seconds": {}, "compile_seconds": 0.0, "examples": 0,
+    "seconds": {}, "compile_seconds": 0.0, "examples": 0, "waited": 0.0,
   }
 
 
@@ -297,7 +299,8 @@ class Loop:
     self.run.poll()
     began = time.monotonic()
     batch = next(batches)
-    self.waited += time.monotonic() - began
+    waited = time.monotonic() - began
+    self.waited, self.host["waited"] = self.waited + waited, self.host["waited"] + waited
     index = batch["index"]
     if jax.process_count() > 1:  # every process learns of a signal to any, at the same step
       batch["stop"] = np.full(len(index), bool(self.preemption.requested))
@@ -350,7 +353,8 @@ class Loop:
     for name in ("validation", "train_sample"):
       if name in self.load:
         out = evaluate.run(self.predict, now, self.frozen, self.load[name], run.place, run.poll)
-        line |= {f"{name}/{k}": float(v) for k, v in run.task.metrics(out).items() if "/" not in k}
+        where = "train" if name == "train_sample" else name
+        line |= {f"{where}/{k}": float(v) for k, v in run.task.metrics(out).items() if "/" not in k}
     key, direction = run.task.metric
     value = line[f"validation/{key}"]
     if not np.isfinite(value):

@@ -26,7 +26,7 @@ def intervals(rows, metric, low, high, label):
     return left + (right - left) * (min(max(value, low), high) - low) / (high - low)
 
   parts = []
-  for tick in ticks(low, high, 4):
+  for tick in ticks(low, high, 6):
     parts.append(h("line", x1=_r(x(tick)), x2=_r(x(tick)), y1=4, y2=height - 22, cls="grid"))
     parts.append(h("text", _tick(tick, metric), x=_r(x(tick)), y=height - 8, cls="tick mid"))
   for i, (name, value, pair, strong) in enumerate(rows):
@@ -60,14 +60,12 @@ def lines(series, label, mark=None, metric=""):
   def y(value):
     return bottom - (bottom - top) * (value - low) / (high - low)
 
-  parts = _axes(ticks(low, high, 4), ticks(first, last, 5), x, y, top, bottom, metric)
+  parts = _axes(ticks(low, high, 5), ticks(first, last, 5), x, y, top, bottom, metric)
   parts.append(h("text", "step", x=WIDTH - _RIGHT, y=height - 1, cls="tick end"))
-  if mark is not None and first <= mark[0] <= last:
-    at = x(mark[0])
-    end = at > WIDTH * 0.7
+  marked = mark is not None and first <= mark[0] <= last
+  if marked:
+    at, end = x(mark[0]), x(mark[0]) > WIDTH * 0.7
     parts.append(h("line", x1=_r(at), x2=_r(at), y1=top, y2=bottom, cls="mark"))
-    parts.append(h("text", mark[1], x=_r(at + (-5 if end else 5)), y=bottom - 6,
-                   cls="tick end" if end else "tick"))
   offset = _LEFT
   for name, curve, cls in series:
     parts.append(h("line", x1=offset, x2=offset + 18, y1=12, y2=12, cls=f"line {cls}"))
@@ -78,6 +76,9 @@ def lines(series, label, mark=None, metric=""):
                 for s, v in curve]
     parts.append(h("polyline", cls=f"line {cls}",
                    points=" ".join(f"{_r(x(s))},{_r(y(v))}" for s, v in curve)))
+  if marked:
+    parts.append(h("text", mark[1], x=_r(at + (-5 if end else 5)), y=bottom - 5,
+                   cls="tick halo end" if end else "tick halo"))
   return _svg(height, label, parts)
 
 
@@ -107,8 +108,6 @@ def reliability(tables, label):
     rows = [(c, a, n) for c, a, n in zip(table["confidence"], table["accuracy"], table["count"],
                                          strict=True) if words.finite(c) and words.finite(a)]
     total = sum(n for *_, n in rows) or 1
-    parts.append(h("polyline", cls=f"line thin {cls}",
-                   points=" ".join(f"{_r(x(c))},{_r(y(a))}" for c, a, _ in rows)))
     parts += [h("circle", cx=_r(x(c)), cy=_r(y(a)), r=_r(2.5 + 9 * math.sqrt(n / total)),
                 cls=f"point {cls}") for c, a, n in rows]
   return _svg(height, label, parts)
@@ -143,8 +142,7 @@ def _axes(y_ticks, x_ticks, x, y, top, bottom, metric, both=False):
 
 
 def _svg(height, label, parts):
-  return h("svg", parts, viewBox=f"0 0 {WIDTH} {height}", role="img", aria_label=label,
-           xmlns="http://www.w3.org/2000/svg")
+  return h("svg", parts, viewBox=f"0 0 {WIDTH} {height}", role="img", aria_label=label)
 
 
 def _tick(value, metric):

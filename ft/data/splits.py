@@ -73,17 +73,18 @@ def carve(unit: np.ndarray, labels: Sequence[Hashable] | None, shares: dict[str,
 
 
 def sample(labels: Sequence[Hashable] | None, count: int, seed: int, size: int) -> np.ndarray:
-  """Returns sorted indices of `count` of `size` rows, stratified like `carve`; all if there are fewer."""
+  """Returns sorted indices of `count` of `size` rows (or all of them), stratified like `carve`."""
   if count >= size:
     return np.arange(size)
-  kept = carve(np.arange(size), labels, {"kept": count / size, "rest": 1 - count / size}, seed)["kept"]
+  shares = {"kept": count / size, "rest": 1 - count / size}
+  kept = carve(np.arange(size), labels, shares, seed)["kept"]
   if len(kept) > count:  # more labels than rows to keep
     kept = np.sort(np.random.default_rng(seed).choice(kept, count, replace=False))
   return kept
 
 
 def identity(value) -> Hashable:
-  """Returns a key that exact duplicates share: text up to case and white space, else the content."""
+  """Returns a key that duplicates share: of text up to case and white space, else of content."""
   if isinstance(value, str):
     value = " ".join(value.casefold().split()).encode("utf-8", "surrogatepass")
   elif isinstance(value, np.ndarray):

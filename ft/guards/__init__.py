@@ -21,6 +21,7 @@ VERDICTS = ("ok", "warning", "alarm", "not measured")
 
 # Names of the rows of every results table, in reading order; other baselines come between.
 TUNED, PROBE, MAJORITY = "fine-tuned", "probe", "majority"
+NAMES = {PROBE: "frozen probe", MAJORITY: "majority class"}
 
 
 @dataclasses.dataclass

@@ -55,6 +55,11 @@ def duration(seconds):
   return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def percent(share):
+  """"100 %", "0.38 %", "0.012 %": two digits that say something."""
+  return f"{100 * share:.2g} %" if share < 0.01 else f"{100 * share:.4g} %"
+
+
 def size(count):
   """Bytes in words: "512 B", "43.1 MiB"."""
   for unit in ("B", "KiB", "MiB", "GiB"):
@@ -71,8 +76,7 @@ def _words(cost):
     parts.append(f"{cost['examples_per_second']:.1f} examples/s in training")
   parts.append(f"{size(cost['peak_host_bytes'])} of host memory at most")
   if "trainable_share" in cost:
-    parts.append(f"{100 * cost['trainable_share']:.2f} % of "
-                 f"{cost['parameters']:,} parameters trained")
+    parts.append(f"{percent(cost['trainable_share'])} of {cost['parameters']:,} parameters trained")
   if cost.get("checkpoint_bytes") is not None:
     parts.append(f"a checkpoint of {size(cost['checkpoint_bytes'])}")
   text = ", ".join(parts) + "."

@@ -33,7 +33,8 @@ def measure(config, evidence):
     words.append(f"best {evidence.metric} at step {curve['best_step']}, "
                  "train metric not recorded in evaluation mode")
   for split, name, row in _headlines(compared):
-    words.append(f"{split} {row['verdict']} over {name} ({signed(row, row['metric'])})")
+    words.append(f"{split} {row['verdict']} over the {guards.NAMES.get(name, name)} "
+                 f"({signed(row, row['metric'])})")
     verdicts.append(_severity(split, row["verdict"]))
   worst = max(verdicts, key=guards.VERDICTS.index, default="ok")
   text = "; ".join(words) + "."

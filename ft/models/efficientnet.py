@@ -119,3 +119,193 @@ class Config:
     width, depth, image_size, dropout = VARIANTS[name]
     return dataclasses.replace(
         cls(width=width, depth=depth, image_size=image_size, dropout=dropout), **changes)
+
+  @classmethod
+  def from_hf(cls, hf: dict) -> "Config":
+    """Returns the Config of a config.json: Hugging Face's EfficientNet keys where they have one.
+
+    Raises:
+      UserError: a value of another kind, or a model that is not a Lite one.
+    """
+    config = cls.variant(hf["variant"]) if hf.get("variant") else cls()
+    changes = {field: hf[key] for key, field in _HF_KEYS.items() if key in hf}
+    try:
+      changes = {field: _like(getattr(config, field), value) for field, value in changes.items()}
+    except (TypeError, ValueError) as e:
+      raise errors.UserError(f"config.json of an efficientnet-lite model: {e}") from e
+    names = {int(i): str(name) for i, name in (hf.get("id2label") or {}).items()}
+    if names:
+      changes["labels"] = tuple(names[i] for i in sorted(names))
+      changes.setdefault("num_labels", len(names))
+    config = dataclasses.replace(config, **changes)
+    if config.padding not in ("same", "static"):
+      raise errors.UserError(f"config.json: padding {config.padding!r} is neither same nor static")
+    return config
+
+  def to_hf(self) -> dict:
+    """Returns what config.json holds; `from_hf` gives the same Config back."""
+    hf = {"model_type": MODEL_TYPES[0], "architectures": ["EfficientNetLiteForImageClassification"]}
+    hf.update({key: _plain(getattr(self, field)) for key, field in _HF_KEYS.items()})
+    if self.labels:
+      hf["id2label"] = {str(i): name for i, name in enumerate(self.labels)}
+      hf["label2id"] = {name: i for i, name in enumerate(self.labels)}
+    return hf
+
+  def blocks(self) -> list:
+    """Returns (kernel size, stride, expansion, input features, features, drop rate) of each block."""
+    shapes = []
+    features = self.stem_features
+    for number, (repeats, size, stride, expansion, out) in enumerate(self.stages):
+      out = _round_features(out * self.width)
+      if 0 < number < len(self.stages) - 1:
+        repeats = math.ceil(self.depth * repeats)
+      for i in range(repeats):
+        shapes.append((size, stride if i == 0 else 1, expansion, features, out))
+        features = out
+    return [(*shape, self.drop_connect * i / len(shapes)) for i, shape in enumerate(shapes)]
+
+
+_HF_KEYS = {
+    "width_coefficient": "width",
+    "depth_coefficient": "depth",
+    "image_size": "image_size",
+    "stages": "stages",
+    "stem_dim": "stem_features",
+    "hidden_dim": "head_features",
+    "dropout_rate": "dropout",
+    "drop_connect_rate": "drop_connect",
+    "batch_norm_momentum": "norm_momentum",
+    "batch_norm_eps": "norm_epsilon",
+    "padding": "padding",
+    "image_mean": "image_mean",
+    "image_std": "image_std",
+    "num_labels": "num_labels",
+}
+
+
+def _like(default, value):
+  """Returns a value of config.json as the type that the default has."""
+  if isinstance(default, tuple):
+    return tuple(tuple(map(int, v)) if isinstance(v, (list, tuple)) else float(v) for v in value)
+  if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+    raise TypeError(f"{value!r} should be a {type(default).__name__}")
+  return type(default)(value)
+
+
+def _plain(value):
+  """Returns tuples as lists, which is what JSON makes of them."""
+  return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _round_features(features: float) -> int:
+  """Returns the nearest multiple of 8 that is not more than a tenth below."""
+  rounded = max(8, int(features + 4) // 8 * 8)
+  return rounded + 8 if rounded < 0.9 * features else rounded
+
+
+class Block(nn.Module):
+  """Mobile inverted bottleneck: expand (1x1), depthwise (k x k), project (1x1), skip if it fits.
+
+  (B, H, W, C) -> (B, H', W', features). `padding` is that of the depthwise convolution.
+  """
+
+  config: Config
+  shape: tuple  # one element of Config.blocks()
+  padding: Any
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    size, stride, expansion, inputs, features, drop_rate = self.shape
+    y = x
+    if expansion != 1:
+      y = convolution.relu6(conv_norm(self.config, "expand", inputs * expansion, self.dtype)(y))
+    depthwise = convolution.DepthwiseConv(
+        inputs * expansion, size, stride, self.padding, self.dtype, parent=None)
+    y = convolution.relu6(convolution.ConvNorm(depthwise, norm(self.config), name="depthwise")(y))
+    y = conv_norm(self.config, "project", features, self.dtype)(y)
+    if stride == 1 and inputs == features:
+      y = x + self.drop_branch(y, drop_rate)
+    return y
+
+  def drop_branch(self, y, rate: float):
+    """Returns y with whole images zeroed at `rate`, the rest scaled to keep the expectation."""
+    if rate == 0 or not self.has_rng("dropout"):
+      return y
+    keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, (y.shape[0], 1, 1, 1))
+    return jnp.where(keep, y / (1 - rate), 0).astype(y.dtype)
+
+
+def norm(config: Config) -> convolution.BatchNorm:
+  """Returns the model's batch normalisation, to be owned by the module that it is given to."""
+  return convolution.BatchNorm(config.norm_momentum, config.norm_epsilon, parent=None)
+
+
+def conv_norm(config, name, features, dtype, size=1, stride=1, padding="SAME"):
+  """Returns a named convolution with batch normalisation."""
+  conv = convolution.Conv(features, size, stride, padding, dtype, parent=None)
+  return convolution.ConvNorm(conv, norm(config), name=name)
+
+
+class Model(nn.Module):
+  """EfficientNet-Lite: pixel_values (B, H, W, 3) -> a dict, see `__call__`.
+
+  Dropout and stochastic depth act if and only if apply is given an rng stream "dropout"; batch
+  statistics are the running ones unless "batch_stats" is mutable.
+  """
+
+  config: Config
+  dtype: Any = jnp.float32
+
+  def setup(self):
+    c = self.config
+    paddings = self._paddings()
+    self.stem = conv_norm(c, None, c.stem_features, self.dtype, 3, 2, paddings[0])
+    self.blocks = [Block(c, shape, padding, self.dtype)
+                   for shape, padding in zip(c.blocks(), paddings[1:], strict=True)]
+    self.head_conv = conv_norm(c, None, c.head_features, self.dtype)
+    self.dropout = layers.Dropout(c.dropout)
+    if c.num_labels:
+      self.classifier = layers.Linear(c.num_labels, dtype=self.dtype)
+
+  def _paddings(self) -> list:
+    """Returns the padding of the stem and of each block's depthwise convolution."""
+    sizes = [(3, 2), *((size, stride) for size, stride, *_ in self.config.blocks())]
+    if self.config.padding == "same":
+      return ["SAME"] * len(sizes)
+    paddings, edge = [], self.config.image_size
+    for size, stride in sizes:
+      paddings.append(convolution.same_padding((edge, edge), (size, size), stride))
+      edge = -(-edge // stride)
+    return paddings
+
+  def __call__(self, pixel_values):
+    """Applies the model.
+
+    Args:
+      pixel_values: (B, H, W, 3) floats, RGB, normalised as (x - 127) / 128 of pixels from 0 to 255
+        (config.image_mean and image_std, in units of 255). Any H and W.
+
+    Returns:
+      last_hidden_state (B, H / 32, W / 32, D), features (B, D): its mean over positions, and, if
+      config.num_labels > 0, logits (B, C).
+    """
+    x = convolution.relu6(self.stem(pixel_values.astype(self.dtype)))
+    for block in self.blocks:
+      x = block(x)
+    x = convolution.relu6(self.head_conv(x))
+    features = x.mean((1, 2))
+    outputs = {"last_hidden_state": x, "features": features}
+    if self.config.num_labels:
+      outputs["logits"] = self.head(features)
+    return outputs
+
+  def head(self, features):
+    """Returns the logits (B, C) of features (B, D): dropout and the classifier."""
+    return self.classifier(self.dropout(features))
+
+
+def probe_inputs(config: Config) -> dict:
+  """Returns a small fixed batch, on which an export is compared with its reload."""
+  shape = (2, config.image_size, config.image_size, 3)
+  return {"pixel_values": np.random.default_rng(0).normal(size=shape).astype(np.float32)}

@@ -3,8 +3,8 @@
 Three things set them apart from linen's own. Products flatten their activations to two dimensions
 first, because the gradient of a three-dimensional product misses the fast matrix kernels on a CPU
 (a factor of two on the layer). Each `Linear` offers two methods that tuning may intercept with
-`nn.intercept_methods`: `weights`, which yields its parameters, and `adapt`, which yields its output.
-Dropout acts if and only if an rng stream "dropout" was given to `apply`; there are no train flags.
+`nn.intercept_methods`: `weights`, which yields its parameters, and `adapt`, for its output. Dropout
+acts if and only if an rng stream "dropout" was given to `apply`; there are no train flags.
 
 Shapes: B batch, T and S positions, H heads, D features, N = product of all leading axes.
 """

@@ -5,10 +5,10 @@ A family's `NAMES` is a list of `Rule`s. Loading reads it forwards, export backw
     Rule("[bert.]encoder.layer.{i}.output.dense.weight", "params/encoder/layer_{i}/output/kernel",
          "transpose")
 
-Patterns of upstream names know: `{i}`, a number that our path repeats; `[bert.]`, a part that may be
-absent (which of the two it was is remembered for export); `(weight|gamma)`, alternatives, of which
-the first is written for a tensor that was not loaded; `{*}`, any rest (of tensors not used). Names of
-tensors in a sub-folder of the checkpoint start with the folder: `2_Dense/linear.weight`.
+Patterns of upstream names know: `{i}`, a number that our path repeats; `[bert.]`, a part that may
+be absent (which of the two it was is remembered for export); `(weight|gamma)`, alternatives, of which
+the first is written for a tensor that was not loaded; `{*}`, any rest (of tensors not used). Names
+of tensors in a sub-folder of the checkpoint start with the folder: `2_Dense/linear.weight`.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ _SHOWN = 10  # mismatches of one kind that an error spells out
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-  """An invertible change of layout: dump(load(a)) is a, bitwise. Both take and give numpy arrays."""
+  """An invertible change of layout of a numpy array: dump(load(a)) is a, bitwise."""
 
   load: Callable[[np.ndarray], np.ndarray]
   dump: Callable[[np.ndarray], np.ndarray]
@@ -59,7 +59,7 @@ class Rule:
     theirs: pattern of the upstream tensor's name.
     ours: our path, "params/…" or "batch_stats/…"; empty for a tensor that is no parameter.
     transform: name in TRANSFORMS, or "ignore" | "keep" | "arange" where `ours` is empty.
-    only: "field=value", the configs for which the rule holds; under others its tensors are ignored.
+    only: "field=value", the configs for which the rule holds; others ignore its tensors.
   """
 
   theirs: str
@@ -95,15 +95,19 @@ class Layout:
 
 @dataclasses.dataclass
 class Report:
-  """What became of each tensor and parameter: matched and initialised are our paths, ignored theirs."""
+  """What became of each tensor and parameter.
+
+  Attributes:
+    matched: our paths that were read from the file.
+    initialised: our paths that the file does not give, made anew.
+    ignored: upstream names that were not read.
+  """
 
   matched: list = dataclasses.field(default_factory=list)
   initialised: list = dataclasses.field(default_factory=list)
   ignored: list = dataclasses.field(default_factory=list)
-  layout: Layout = dataclasses.field(default_factory=Layout)
 
-  def summary(self) -> str:
-    """Returns one line a list for the log."""
+  def __str__(self):
     text = f"{len(self.matched)} tensors matched"
     for name in ("initialised", "ignored"):
       if values := getattr(self, name):
@@ -137,14 +141,19 @@ def under(path: str, prefixes: Iterable[str]) -> bool:
   return any(path == p or path.startswith(p + "/") for p in prefixes)
 
 
-def present(names: Iterable[str], rules: Iterable[Rule]) -> dict:
-  """Returns {our path: upstream name} of the tensor names that the rules know as parameters."""
-  found = ((_forwards(name, rules), name) for name in names)
-  return {ours: name for (_, ours), name in found if ours}
+def shapes(tensors: Mapping, rules: Iterable[Rule], config=None) -> dict:
+  """Returns {our path: shape there} of the tensors that the rules know as parameters."""
+  rules = tuple(r for r in rules if r.holds(config))
+  found = {}
+  for name, tensor in tensors.items():
+    rule, path = _forwards(name, rules)
+    if path:
+      found[path] = _shape(TRANSFORMS[rule.transform].load, tensor.shape)
+  return found
 
 
 def load_tree(tensors: Mapping, rules: Iterable[Rule], expected: Mapping, *, config=None,
-              head: Iterable[str] = (), fresh_head: bool = False, dtype=np.float32,
+              head: Iterable[str] = (), fresh: Iterable[str] = (), dtype=np.float32,
               place: Callable | None = None, where: str = "the checkpoint"):
   """Reads a checkpoint's tensors into parameters, one at a time.
 
@@ -155,43 +164,44 @@ def load_tree(tensors: Mapping, rules: Iterable[Rule], expected: Mapping, *, con
     config: the model config that the rules' `only` conditions look at.
     head: path prefixes of the label head, whose leaves may be absent or of another shape: they are
       then listed as initialised, and the caller makes them.
-    fresh_head: take no tensor for the head even where one fits.
+    fresh: those of the head's prefixes for which no tensor is taken even where one fits.
     dtype: what floating-point tensors become.
     place: (path, numpy array) -> array on its device; the default device if None.
     where: what the error calls the checkpoint.
 
   Returns:
-    ({our path: array}, Report).
+    ({our path: array}, Report, Layout).
 
   Raises:
     UserError: one that names all missing, unexpected, doubled and wrong-shape tensors.
   """
   rules = tuple(rules)
-  plan, report, problems = _plan(tensors, rules, expected, config, tuple(head), fresh_head)
+  plan, report, problems = _plan(tensors, rules, expected, config, tuple(head), tuple(fresh))
   if problems:
     raise errors.UserError(f"{where} does not fit the model:\n" + "\n".join(problems))
   place = place or _place
-  leaves = {}
+  leaves, layout = {}, Layout()
   for name, (rule, path) in plan.items():
     if rule.ours:
-      leaves[path] = place(path, _cast(TRANSFORMS[rule.transform].load(tensors[name].read()), dtype))
+      array = TRANSFORMS[rule.transform].load(tensors[name].read())
+      leaves[path] = place(path, _cast(array, dtype))
       report.matched.append(path)
-      report.layout.names[path] = name
+      layout.names[path] = name
     else:
-      report.layout.buffers[name] = _buffer(name, rule, tensors[name], where)
-    report.layout.dtypes[name] = np.dtype(tensors[name].dtype)
-  return leaves, report
+      layout.buffers[name] = _buffer(name, rule, tensors[name], where)
+    layout.dtypes[name] = np.dtype(tensors[name].dtype)
+  return leaves, report, layout
 
 
-def dump_tree(leaves: Mapping, rules: Iterable[Rule], layout: Layout | None = None, *, config=None,
-              prefix: bool | None = None) -> dict:
+def dump_tree(leaves: Mapping, rules: Iterable[Rule], layout: Layout | None = None, *,
+              config=None, prefix: bool | None = None) -> dict:
   """Returns {upstream name: LazyTensor} of parameters, to be written one at a time.
 
   Args:
     leaves: our path -> array.
     rules: the family's name table.
-    layout: what the file that they were loaded from looked like. Its names, its buffers and, if every
-      leaf holds only values that the file's dtypes hold, its dtypes are written again.
+    layout: what the file that they were loaded from looked like. Its names, its buffers and, if
+      every leaf holds only values that the file's dtypes hold, its dtypes are written again.
     config: the model config that the rules' `only` conditions look at.
     prefix: whether to write the optional part of names; None: as it was in the file.
 
@@ -234,7 +244,7 @@ class _Dumped(tensors_lib.LazyTensor):
     return np.ascontiguousarray(self._dump(np.asarray(self._leaf))).astype(self.dtype, copy=False)
 
 
-def _plan(tensors, rules, expected, config, head, fresh_head):
+def _plan(tensors, rules, expected, config, head, fresh):
   """Returns ({upstream name: (rule, our path or "")}, a Report begun, lines of what is wrong)."""
   active = tuple(r for r in rules if r.holds(config))
   plan, taken, report = {}, {}, Report()
@@ -245,7 +255,7 @@ def _plan(tensors, rules, expected, config, head, fresh_head):
     if rule is None and _forwards(name, rules)[0] is None:
       unexpected.append(f"{name} {tuple(tensor.shape)}")
     elif rule is None or rule.transform == "ignore" or in_head and (
-        fresh_head or path not in expected):
+        under(path, fresh) or path not in expected):
       report.ignored.append(name)
     elif not path:
       plan[name] = (rule, "")
@@ -298,7 +308,7 @@ def _some(lines) -> list:
 
 @functools.cache
 def _segments(pattern: str) -> tuple:
-  """Returns a pattern's parts as (kind, text): literal, optional, choice, number or rest."""
+  """Returns a pattern's parts as (kind, text): literal, optional, choice, number, rest."""
   kinds = {"[": "optional", "(": "choice", "{": "number"}
   parts = re.findall(r"\[[^]]*\]|\([^)]*\)|\{[^}]*\}|[^[({]+", pattern)
   parts = [(kinds.get(p[0], "literal"), p if p[0] not in kinds else p[1:-1]) for p in parts]
@@ -328,7 +338,7 @@ def _match(pattern: str, name: str) -> dict | None:
 
 
 def _write(pattern: str, groups: Mapping, prefix: bool | None) -> str:
-  """Returns the name of a pattern with these variable parts; `prefix` overrules the optional one."""
+  """Returns a pattern's name with these variable parts; `prefix` overrules the optional one."""
   out = ""
   for kind, text in _segments(pattern):
     if kind == "number":

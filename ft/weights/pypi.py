@@ -4,7 +4,7 @@ Which index, which credentials and which certificates: as pip and uv are told (e
 variables, pip's configuration files, netrc). The file is known by its sha256 beforehand, so it does
 not matter which index it comes from, and none of its code is run.
 
-Protocol: PEP 503 (HTML) and PEP 691 (JSON), https://packaging.python.org/specifications/simple-repository-api/.
+Protocol: PEP 503 (HTML) and PEP 691 (JSON).
 """
 
 import base64
@@ -57,7 +57,7 @@ class Settings(NamedTuple):
 
 
 def settings() -> Settings:
-  """Returns the user's package index settings, read the way pip reads them, else uv's, else PyPI."""
+  """Returns the user's index settings, read the way pip reads them, else uv's, else PyPI."""
   found = _pip_settings()
   env = os.environ
   index = found.get("index-url") or env.get("UV_DEFAULT_INDEX") or env.get("UV_INDEX_URL")

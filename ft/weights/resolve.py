@@ -67,8 +67,8 @@ def pinned(source: str) -> dict:
   if _key(requirement) not in by_name:
     raise errors.UserError(
         f"{requirement} is not pinned{errors.suggest(requirement, known)}: only packages whose "
-        f"sha256 is known are fetched. Pinned are {', '.join(sorted(known))}. To add one, write its "
-        f'"file" and "sha256" into {CHECKSUMS} as README.md beside it shows.')
+        f"sha256 is known are fetched. Pinned are {', '.join(sorted(known))}. To add one, write "
+        f'its "file" and "sha256" into {CHECKSUMS} as README.md beside it shows.')
   return known[by_name[_key(requirement)]]
 
 
@@ -167,7 +167,7 @@ def _unpacked(path: pathlib.Path) -> pathlib.Path:
 
 @contextlib.contextmanager
 def _staging():
-  """A private folder in the cache for what is not whole yet; old ones of killed runs are removed."""
+  """A private folder in the cache for what is not whole yet; those of killed runs are removed."""
   root = cache() / "staging"
   try:
     root.mkdir(exist_ok=True)
@@ -195,7 +195,7 @@ def _publish(content: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
 
 
 def _snapshot(source: str) -> pathlib.Path:
-  """Returns the snapshot folder of `hf:org/name[@revision]` (cache, token, offline: the Hub's own)."""
+  """Returns the snapshot of `hf:org/name[@revision]`; cache, token, offline are the Hub's own."""
   name, _, revision = source.removeprefix("hf:").partition("@")
   if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
     raise errors.UserError(f"{source!r} is not of the form hf:organisation/name[@revision].")

@@ -329,8 +329,8 @@ def _member_offset(path, f, info, size) -> int:
 def _open_torch_stream(path):
   """Opens the format before torch 1.6.
 
-  Pickles of the magic number, the version, the machine, the tree and the keys of storages; then each
-  storage as its count (int64) and its bytes, in the order of the keys.
+  Pickles of the magic number, the version, the machine, the tree and the keys of storages; then
+  each storage as its count (int64) and its bytes, in the order of the keys.
   """
   with open(path, "rb") as f:
     if _plain_pickle(path, f) != _LEGACY_MAGIC:

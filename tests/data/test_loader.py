@@ -315,6 +315,20 @@ def test_rows_of_different_shape_are_named():
       "pixel_values 5x4x3 uint8 in 1 row (first: row 3). Set data.size.")
 
 
+@pytest.mark.parametrize("drop_policy", ["count", "error"])
+def test_threads_change_nothing(drop_policy):
+  bad = [200, 777]
+  if drop_policy == "error":
+    with pytest.raises(errors.UserError, match="^words.csv: line 202: no text"):
+      _words(1000, bad, threads=4, drop_policy=drop_policy)
+    return
+  one, many = _words(1000, bad, threads=1), _words(1000, bad, threads=4)
+  assert one.report["dropped_rows"] == many.report["dropped_rows"]
+  np.testing.assert_array_equal(one.indices, many.indices)
+  np.testing.assert_array_equal(one.lengths, many.lengths)
+  _same(one[500], many[500])
+
+
 @pytest.mark.parametrize("size,count", [(0, 1), (-4, 1), (9, 2)])
 def test_batch_that_cannot_be_shared(size, count):
   with pytest.raises(errors.UserError, match=f"batch size {size} cannot.*multiple of {count}"):

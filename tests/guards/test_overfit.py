@@ -74,8 +74,8 @@ def test_words_carry_the_numbers():
   found = overfit.measure(config(), evidence())
   assert found["verdict"] == "warning"
   assert "gap of 15.0 points (the loss was lowest at step 50)" in found["words"]
-  assert "tweets did not gain over probe (0.0 points [0.0, 0.0])" in found["words"]
-  assert "reviews lost over probe (−" in found["words"]
+  assert "tweets did not gain over the frozen probe (0.0 points [0.0, 0.0])" in found["words"]
+  assert "reviews lost over the frozen probe (−" in found["words"]
   assert found["words"].startswith("Train accuracy 95.0 against validation 80.0 at step 100")
 
 

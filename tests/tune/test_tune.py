@@ -1,5 +1,7 @@
 """What every method promises: a split without loss, frozen leaves untouched, nothing paid for them."""
 
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -143,10 +145,11 @@ def test_describe():
   assert "params/encoder/layer_{0-2}/norm" in ranges and "100.00 %" in ranges
 
 
+@functools.cache
 def _measured(method, **values):
-  """(compiled step, bytes of the optimizer's state) of a 12-layer encoder."""
+  """(tuned, compiled step, bytes of the optimizer's state) of a 12-layer encoder, few activations."""
   module, variables, _ = toys.make(depth=12, width=64, vocabulary=50)
-  ids = jax.random.randint(jax.random.key(1), (8, 16), 0, 50)
+  ids = jax.random.randint(jax.random.key(1), (2, 4), 0, 50)
   tuned = toys.init(method, variables, **values)
   tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
@@ -158,27 +161,26 @@ def _measured(method, **values):
   opt = tx.init(tuned.trainable)
   compiled = jax.jit(step, donate_argnums=(0, 1)).lower(
     tuned.trainable, opt, tuned.frozen, ids).compile()
-  return compiled, sum(x.nbytes for x in jax.tree.leaves(opt)), tuned
+  return tuned, compiled, sum(x.nbytes for x in jax.tree.leaves(opt))
 
 
-def test_frozen_leaves_cost_no_gradient_state_or_copy():
-  full, full_state, _ = _measured("full")
-  for method, values in (("lora", {"rank": 4}), ("head", {})):
-    compiled, state, tuned = _measured(method, **values)
-    count = sum(row.count for row in tuned.table)
-    assert state <= 8 * count + 16
-    memory, whole = compiled.memory_analysis(), full.memory_analysis()
-    frozen = sum(x.nbytes for x in jax.tree.leaves(tuned.frozen))
-    # Out come the trainables and their moments only, in place of those that went in.
-    assert memory.output_size_in_bytes <= 12 * count + 4096
-    assert memory.argument_size_in_bytes <= frozen + 12 * count + 8192
-    # A gradient or copy of the frozen leaves would add their size to the temporaries.
-    assert memory.temp_size_in_bytes <= whole.temp_size_in_bytes - 0.7 * frozen
-  assert full_state > 8 * sum(x.size for x in jax.tree.leaves(_measured("full")[2].trainable)) - 1
+@pytest.mark.parametrize("method,values", [("lora", {"rank": 4}), ("head", {})])
+def test_frozen_leaves_cost_no_gradient_state_or_copy(method, values):
+  tuned, compiled, state = _measured(method, **values)
+  count = sum(row.count for row in tuned.table)
+  frozen = sum(x.nbytes for x in jax.tree.leaves(tuned.frozen))
+  assert state <= 8 * count + 16
+  memory = compiled.memory_analysis()
+  # Out come the trainables and their moments only, in place of those that went in.
+  assert memory.output_size_in_bytes <= 12 * count + 4096
+  assert memory.argument_size_in_bytes <= frozen + 12 * count + 8192
+  # A gradient or a copy of the frozen leaves would add their size to the temporaries, as in full.
+  assert memory.temp_size_in_bytes < 0.5 * frozen
+  assert _measured("full")[1].memory_analysis().temp_size_in_bytes > frozen
 
 
-def test_flops_of_lora():
-  flops = {m: _measured(m, **v)[0].cost_analysis()["flops"]
-           for m, v in (("full", {}), ("lora", {"rank": 2}), ("head", {}))}
+def test_flops_without_frozen_gradients():
+  flops = {method: _measured(method, **values)[1].cost_analysis()["flops"]
+           for method, values in (("full", {}), ("lora", {"rank": 4}), ("head", {}))}
   assert flops["lora"] < 0.72 * flops["full"]
   assert flops["head"] < 0.36 * flops["full"]

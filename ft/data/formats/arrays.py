@@ -41,11 +41,12 @@ def _read_npz(path: pathlib.Path, options: Options) -> Table:
       columns = {n.removeprefix(f"{options.split}_"): archive[n] for n in names}
       there = archive.files
   except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, KeyError) as e:
-    raise errors.UserError(f"{options.display} is no readable npz archive of plain arrays: {e}") from e
+    raise errors.UserError(
+        f"{options.display} is no readable npz archive of plain arrays: {e}") from e
   splits = sorted({n.partition("_")[0] for n in there if "_" in n})
   if not columns or any(c.ndim == 0 for c in columns.values()):
-    raise errors.UserError(f"{options.display}: no arrays for the split {options.split!r}; it holds "
-                           f"{', '.join(there)}.")
+    raise errors.UserError(f"{options.display}: no arrays for the split {options.split!r}; it "
+                           f"holds {', '.join(there)}.")
   lengths = {name: len(column) for name, column in columns.items()}
   if len(set(lengths.values())) > 1:
     hint = f" Name a split: {path.name}:{splits[0]}." if splits and not options.split else ""

@@ -31,19 +31,18 @@ def read(path: pathlib.Path, options: Options) -> Table:
   if folders and {f.lower() for f in folders} <= SPLITS:
     raise errors.UserError(
         f"{options.display}: its folders {', '.join(folders)} look like splits, not classes; set "
-        f"data.train to {path / folders[-1] if len(folders) == 1 else path / folders[0]} and so on.")
+        f"data.train to the one to train on ({path / folders[-1]}, say), and so on.")
   if len(found) < len(files):
     logging.info("%s: %d files are no images and are left out", options.display,
                  len(files) - len(found))
-  if not folders:
-    records = [{"image": p} for p in found]
-    return Table(options.display, ("image",), records, lambda i: str(records[i]["image"]), path)
   loose = [p.name for p in found if p.parent == path]
-  if loose:
-    raise errors.UserError(f"{options.display}: {loose[0]} and {len(loose) - 1} more images lie beside "
-                           f"the class folders {', '.join(folders)}; move them into one.")
-  records = [{"image": p, "label": p.relative_to(path).parts[0]} for p in found]
-  return Table(options.display, ("image", "label"), records, lambda i: str(records[i]["image"]), path)
+  if loose and folders:
+    raise errors.UserError(
+        f"{options.display}: {loose[0]} and {len(loose) - 1} more images lie beside the class "
+        f"folders {', '.join(folders)}; move them into one.")
+  records = [{"image": p, **({"label": p.relative_to(path).parts[0]} if folders else {})}
+             for p in found]
+  return Table(options.display, tuple(records[0]), records, lambda i: str(found[i]), path)
 
 
 def _hidden(path: pathlib.Path) -> bool:

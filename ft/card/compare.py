@@ -1,0 +1,105 @@
+"""Several runs side by side on one page, paired wherever their test rows are the same."""
+
+from ft import stats
+from ft.card import elements as el
+from ft.card import words
+from ft.card.markup import h, join, name
+
+
+def page(runs):
+  """Several cards side by side.
+
+  Args:
+    runs: [(name, valid record)], at least two; the first is what the others are compared with.
+
+  Returns:
+    A whole HTML document (str).
+  """
+  title = f"Comparison of {len(runs)} runs"
+  sections = [("results", "Results", _compared_results(runs)),
+              ("pairs", "Differences", _compared_pairs(runs)),
+              ("settings", "What was set differently", _compared_configs(runs))]
+  head = h("header", h("p", "Fine-tuning card", cls="eyebrow"), h("h1", title),
+           h("p", join([join([", " if i else "", name(record["title"]), " (", h("code", run), ")"])
+                        for i, (run, record) in enumerate(runs)]), cls="soft"))
+  body = [h("section", h("h2", text, id=f"{key}-title"), content, id=key,
+            aria_labelledby=f"{key}-title") for key, text, content in sections]
+  return el.document(title, join([head, h("main", body), el.footer(runs[0][1])]))
+
+
+def _compared_results(runs):
+  splits = list(dict.fromkeys(s for _, record in runs for s in words.splits_in_order(record)))
+  parts = []
+  for metric in dict.fromkeys(record["task"]["metric"] for _, record in runs):
+    rows = []
+    for run, record in runs:
+      if record["task"]["metric"] != metric:
+        continue
+      results = record.get("results") or {}
+      for key in words.rows_in_order({k: 0 for s in splits for k in results.get(s) or {}}):
+        cells = [el.cell((results.get(split) or {}).get(key), metric) for split in splits]
+        rows.append(([name(run), words.row_name(key), *cells],
+                     "tuned" if key == "fine-tuned" else None))
+    parts.append(el.table(f"{words.unit(metric)} with 95 % interval, by run and split",
+                          ["run", "", *[(name(split), "n") for split in splits]], rows))
+  return join(parts) if splits else h("p", "No run has recorded results.", cls="none")
+
+
+def _compared_pairs(runs):
+  first = runs[0]
+  rows = []
+  for run in runs[1:]:
+    for split in words.splits_in_order(run[1]):
+      difference, reason = paired(run[1], first[1], split)
+      if difference is None:
+        rows.append([name(run[0]), name(split), el.word("not measured"), (reason, "long")])
+      else:
+        judged = words.judge(run[1], difference)
+        shown = {"gained": "better", "lost": "worse", "did not gain": "not told apart"}[judged]
+        rows.append([name(run[0]), name(split),
+                     h("span", shown, cls=f"word {el.TONE[judged]}"),
+                     (f"{el.difference(difference)}, n = {difference['n']:,}", "long")])
+  if not rows:
+    return h("p", "Nothing to compare.", cls="none")
+  return el.table(f"Fine-tuned model of each run minus that of {first[0]}, over the same rows", None,
+                  rows, "stack")
+
+
+def paired(record, other, split):
+  """(difference row, None) of two runs' fine-tuned models on one split, or (None, why not)."""
+  prints = [((r.get("data") or {}).get("splits") or {}).get(split, {}).get("fingerprint")
+            for r in (record, other)]
+  entries = [((r.get("results") or {}).get(split) or {}).get("fine-tuned") or {}
+             for r in (record, other)]
+  metrics = {r["task"]["metric"] for r in (record, other)}
+  if len(metrics) > 1:
+    return None, "the runs were selected by different metrics"
+  if not all(entries):
+    return None, "one of the runs has no result on this split"
+  if not all(prints):
+    return None, "the rows' fingerprint is not recorded, so they cannot be called the same"
+  if prints[0] != prints[1]:
+    return None, "the rows differ between the runs; compare the intervals above instead"
+  scores = [entry.get("scores") for entry in entries]
+  if not all(scores) or len(scores[0]) != len(scores[1]):
+    return None, "the rows are the same, but scores by row are not recorded"
+  means = [score.count("1") / len(score) for score in scores]
+  metric = metrics.pop()
+  if any(abs(mean - (entry["metrics"].get(metric) or 0)) > 1e-6
+         for mean, entry in zip(means, entries, strict=True)):
+    return None, f"{words.metric_name(metric)} is no mean over rows; scores by row cannot give it"
+  a, b = ([c == "1" for c in score] for score in scores)
+  difference, lo, hi = stats.paired_bootstrap(a, b)
+  return {"metric": metric, "difference": difference, "lo": lo, "hi": hi, "n": len(a)}, None
+
+
+def _compared_configs(runs):
+  flat = [dict(el.flat(record.get("config") or {})) for _, record in runs]
+  keys = [key for key in dict.fromkeys(key for config in flat for key in config)
+          if len({el.value(config.get(key)) for config in flat}) > 1]
+  if not keys:
+    return h("p", "The configs are the same.")
+  rows = [[h("code", key), *[h("code", el.value(config[key]) if key in config else "–")
+                             for config in flat]] for key in keys]
+  return el.table("Config keys that differ", ["key", *[name(run) for run, _ in runs]], rows)
+

@@ -1,0 +1,308 @@
+"""Text to token ids, with the tokenizer that came with the checkpoint."""
+
+import csv
+import hashlib
+import json
+import pathlib
+import sys
+import threading
+import types
+from collections.abc import Iterator
+
+import numpy as np
+
+from ft import errors
+from ft.weights import resolve
+
+KEYS = {
+    "max_length": (128, "most tokens of an example, special ones included", (3, None)),
+    "truncation": ("truncate-right", "longer texts: cut at an end, drop the row, or stop",
+                   ["truncate-right", "truncate-left", "drop", "error"]),
+    "buckets": ((32, 64, 128), "lengths batches are padded to; max_length is always one", "list"),
+}
+_COUNT_LOCK = threading.Lock()  # of the module, so that a Preprocess can be sent to a process
+_PROBE = "The quick brown fox: naïve café, 1234 Zürich!"
+_NO_LIMIT = 10**9  # tokenizers without a limit state 1e30
+
+
+class Preprocess:
+  """Turns {"text": str, "text_b": str, optional} into the token ids of one example.
+
+  A call returns int32 arrays of shape (tokens,): `input_ids`, `attention_mask`, and for models that
+  tell segments apart `token_type_ids`. Special tokens are set by the tokenizer's own template and
+  survive truncation; of a pair the longer text is cut first.
+
+  Args:
+    config: the `data` section (max_length, truncation, buckets).
+    info: what models.inspect says: `folder` holds tokenizer.json or vocab.txt, `hf_config` the
+      model's limits.
+
+  Attributes:
+    pad: key -> value that fills a batch up.
+    buckets: lengths to pad to, the last one is max_length.
+    counts: {"truncated": examples that were cut, "too_long": examples refused for their length}.
+    augments: False.
+
+  Raises:
+    UserError: there is no tokenizer, it is not this model's, or max_length does not fit the model.
+  """
+
+  augments = False
+
+  def __init__(self, config, info):
+    self.max_length, self.truncation = int(config.max_length), config.truncation
+    self.columns = {r: c for r, c in (getattr(config, "columns", None) or {}).items()
+                    if r in ("text", "text_b")}
+    self.counts = {"truncated": 0, "too_long": 0}
+    self._stops = config.truncation == "error"
+    self._tokenizer, settings = _load_tokenizer(info.folder)
+    self._check(info.hf_config or {}, settings, info.folder)
+    self._segments = _has_segments(info.hf_config or {}, settings)
+    self.buckets = _buckets(config.buckets, self.max_length)
+    self.pad = dict.fromkeys(self._keys(), 0)
+    self.pad["input_ids"] = _pad_id(self._tokenizer, info.hf_config or {}, settings)
+    if self.truncation.startswith("truncate"):
+      self._tokenizer.enable_truncation(
+          self.max_length, direction=self.truncation.removeprefix("truncate-"))
+
+  def __call__(self, row: dict) -> dict[str, np.ndarray]:
+    """Returns the example of a row; RowError for one without text or too long to be used."""
+    encoding = self._encode(row)
+    too_long = len(encoding.ids) > self.max_length
+    if too_long or encoding.overflowing:
+      with _COUNT_LOCK:
+        self.counts["too_long" if too_long else "truncated"] += 1
+    if too_long:
+      message = (f"{len(encoding.ids)} tokens, more than data.max_length={self.max_length}: "
+                 f"{row['text'][:60]!r}…")
+      raise errors.UserError(message) if self._stops else errors.RowError(message)
+    values = {"input_ids": encoding.ids, "attention_mask": encoding.attention_mask,
+              "token_type_ids": encoding.type_ids}
+    return {key: np.array(values[key], np.int32) for key in self._keys()}
+
+  def augment(self, example: dict, rng: np.random.Generator) -> dict:
+    """Returns the example as it is."""
+    del rng
+    return example
+
+  def finish(self, batch: dict) -> dict:
+    """Returns the batch as it is: token ids need nothing on the device."""
+    return batch
+
+  def length(self, example: dict) -> int:
+    """Returns the number of tokens."""
+    return len(example["input_ids"])
+
+  def show(self, example: dict) -> str:
+    """Returns what the model reads, special tokens included, for log and card."""
+    ids = np.asarray(example["input_ids"])[np.asarray(example["attention_mask"]) > 0]
+    text = self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+    return f"{text} ({len(ids)} tokens)"
+
+  def spec(self) -> dict:
+    """Returns what `from_spec` needs, as JSON; the tokenizer itself is saved with the model."""
+    return {"modality": "text", "max_length": self.max_length, "truncation": self.truncation,
+            "buckets": list(self.buckets), "columns": self.columns,
+            "tokenizer": _fingerprint(self._tokenizer)}
+
+  @classmethod
+  def from_spec(cls, spec: dict, folder) -> "Preprocess":
+    """Rebuilds the preprocessing of a run for prediction; a row too long is always a RowError.
+
+    Raises:
+      UserError: the tokenizer in the folder is not the one the model was trained with.
+    """
+    folder = pathlib.Path(folder)
+    values = {key: spec.get(key, default) for key, (default, *_) in KEYS.items()}
+    config = types.SimpleNamespace(**values, columns=spec.get("columns"))
+    info = types.SimpleNamespace(folder=folder, hf_config=_json(folder / "config.json"))
+    self = cls(config, info)
+    self._stops = False
+    if _fingerprint(self._tokenizer) != spec.get("tokenizer"):
+      raise errors.UserError(f"{folder}: its tokenizer is not the one the model was trained with.")
+    return self
+
+  def _keys(self) -> tuple[str, ...]:
+    return ("input_ids", "attention_mask", *(("token_type_ids",) if self._segments else ()))
+
+  def _encode(self, row: dict):
+    text, other = row.get("text"), row.get("text_b")
+    if not isinstance(text, str) or not text.strip():
+      raise errors.RowError("no text")
+    try:
+      return self._tokenizer.encode(text, other or None)
+    except (UnicodeError, TypeError) as e:
+      raise errors.RowError(f"text that cannot be tokenized: {e}") from e
+
+  def _check(self, hf_config: dict, settings: dict, folder) -> None:
+    limit = min(_positions(hf_config), int(settings.get("model_max_length") or _NO_LIMIT))
+    if self.max_length > limit:
+      raise errors.UserError(f"data.max_length={self.max_length}: the model has positions for "
+                             f"{limit} tokens; set it to {limit} or less.")
+    special = self._tokenizer.num_special_tokens_to_add(is_pair=True)
+    if self.max_length <= special:
+      raise errors.UserError(
+          f"data.max_length={self.max_length}: the tokenizer adds up to {special} special tokens "
+          "to an example, which leaves no room for text.")
+    size = hf_config.get("vocab_size")
+    if size and self._tokenizer.get_vocab_size() > size:
+      raise errors.UserError(
+          f"{folder}: its tokenizer has {self._tokenizer.get_vocab_size()} tokens, the model's "
+          f"vocabulary {size}; they do not belong together.")
+
+
+from_spec = Preprocess.from_spec
+
+
+def read_rows(source: str, columns: dict | None = None) -> Iterator[dict | errors.RowError]:
+  """Yields {"text": …} for prediction, one at a time; a RowError for a row that is unreadable.
+
+  Args:
+    source: a CSV, TSV or JSONL file by its suffix; any other file, or "-" for standard input, has
+      one text a line. A line of standard input that is a JSON object with the text is one.
+    columns: role (text, text_b) -> its column, such as `Preprocess.columns`; by default the role.
+
+  Raises:
+    UserError: there is no such file, it is empty, or it has no column for the text.
+  """
+  columns = {"text": "text", "text_b": "text_b", **(columns or {})}
+  if source == "-":
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    yield from _line_rows(sys.stdin, "standard input", columns)
+    return
+  path = pathlib.Path(source)
+  if not path.exists():
+    raise resolve.missing(path)
+  if not path.is_file() or not path.stat().st_size:
+    raise errors.UserError(f"{source}: {'is empty' if path.is_file() else 'not a file'}.")
+  read = {".csv": _table_rows, ".tsv": _table_rows, ".jsonl": _object_rows,
+          ".ndjson": _object_rows}.get(path.suffix.lower(), _line_rows)
+  # undecodable bytes spoil the row they are in, not the file
+  with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    yield from read(file, str(path), columns)
+
+
+def _line_rows(file, name: str, columns: dict):
+  for number, line in enumerate(file, 1):
+    line = line.rstrip("\r\n")
+    row = _object(line, columns) if name == "standard input" and line.startswith("{") else None
+    yield _checked(row or {"text": line}, f"{name}: line {number}")
+
+
+def _object_rows(file, name: str, columns: dict):
+  for number, line in enumerate(file, 1):
+    if line.strip():
+      row = _object(line, columns)
+      where = f"{name}: line {number}"
+      yield _checked(row, where) if row else errors.RowError(
+          f"{where}: not a JSON object with {columns['text']!r}")
+
+
+def _table_rows(file, name: str, columns: dict):
+  csv.field_size_limit(2**31 - 1)
+  tabs = name.lower().endswith(".tsv")
+  reader = csv.reader(file, delimiter="\t" if tabs else ",",
+                      quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
+  header = [c.strip() for c in next(reader, [])]
+  if columns["text"] not in header:
+    raise errors.UserError(f"{name}: no column {columns['text']!r} for the text; its columns are "
+                           f"{', '.join(header)}.")
+  start = reader.line_num + 1
+  for fields in reader:
+    where = f"{name}: line {start}"
+    start = reader.line_num + 1
+    if fields and len(fields) != len(header):
+      yield errors.RowError(f"{where}: {len(fields)} fields, the header has {len(header)}")
+    elif fields:
+      record = dict(zip(header, fields, strict=True))
+      yield _checked({r: record[c] for r, c in columns.items() if c in record}, where)
+
+
+def _object(line: str, columns: dict) -> dict | None:
+  """Returns the roles of a JSON object; None for a line that is none or has no text."""
+  try:
+    record = json.loads(line)
+  except (ValueError, RecursionError):
+    return None
+  if not isinstance(record, dict) or not isinstance(record.get(columns["text"]), str):
+    return None
+  return {role: record[c] for role, c in columns.items() if isinstance(record.get(c), str)}
+
+
+def _checked(row: dict, where: str) -> dict | errors.RowError:
+  if any("\ud800" <= c <= "\udfff" for text in row.values() for c in text):
+    return errors.RowError(f"{where}: not UTF-8 text")
+  return row if row["text"].strip() else errors.RowError(f"{where}: no text")
+
+
+def _load_tokenizer(folder):
+  """Returns the folder's tokenizer, bare of padding and truncation, and its settings."""
+  from tokenizers import Tokenizer, implementations  # slow to import
+  folder = pathlib.Path(folder or ".")
+  settings = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
+  try:
+    if (folder / "tokenizer.json").is_file():
+      tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    elif (folder / "vocab.txt").is_file():
+      built = implementations.BertWordPieceTokenizer(
+          str(folder / "vocab.txt"), lowercase=settings.get("do_lower_case", True),
+          strip_accents=settings.get("strip_accents"),
+          handle_chinese_chars=settings.get("tokenize_chinese_chars", True))
+      tokenizer = Tokenizer.from_str(built.to_str())
+    else:
+      raise errors.UserError(f"{folder}: no tokenizer there (tokenizer.json or vocab.txt), and the "
+                             "model reads text.")
+  except errors.UserError:
+    raise
+  except Exception as e:  # the library raises bare Exception
+    raise errors.UserError(f"{folder}: its tokenizer cannot be read: {e}") from e
+  tokenizer.no_padding()
+  tokenizer.no_truncation()
+  return tokenizer, settings
+
+
+def _positions(hf_config: dict) -> int:
+  """Returns how many tokens the model has positions for."""
+  count = hf_config.get("max_position_embeddings") or _NO_LIMIT
+  if "roberta" in hf_config.get("model_type", ""):  # its positions start after the padding's
+    count -= hf_config.get("pad_token_id", 1) + 1
+  return count
+
+
+def _has_segments(hf_config: dict, settings: dict) -> bool:
+  names = settings.get("model_input_names")
+  return hf_config.get("type_vocab_size", 0) > 1 and (not names or "token_type_ids" in names)
+
+
+def _pad_id(tokenizer, hf_config: dict, settings: dict) -> int:
+  token = settings.get("pad_token")
+  token = token.get("content") if isinstance(token, dict) else token
+  number = tokenizer.token_to_id(token) if token else None
+  return int(number if number is not None else hf_config.get("pad_token_id") or 0)
+
+
+def _buckets(given, max_length: int) -> tuple[int, ...]:
+  try:
+    lengths = {int(n) for n in given}
+  except (TypeError, ValueError):
+    lengths = {0}
+  if any(n < 1 for n in lengths):
+    raise errors.UserError(f"data.buckets={list(given)}: give positive lengths, such as 32,64,128.")
+  return (*sorted(n for n in lengths if n < max_length), max_length)
+
+
+def _fingerprint(tokenizer) -> str:
+  """Returns a hash of the vocabulary and of how a probe is cut up, whatever the library version."""
+  tokens = tokenizer.encode(_PROBE, add_special_tokens=False).tokens
+  content = json.dumps([sorted(tokenizer.get_vocab().items()), tokens])
+  return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _json(path: pathlib.Path) -> dict:
+  """Reads a JSON file of the checkpoint; {} where there is none."""
+  if not path.is_file():
+    return {}
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as e:
+    raise errors.UserError(f"{path} is not JSON: {e}") from e

@@ -1,0 +1,446 @@
+"""Classification: one label an example (softmax), or any number of them (sigmoid).
+
+Shapes: B batch, N rows of a split, C classes, D features. Losses and metrics work on logits (B, C);
+labels are int32 (B,), or multi-hot float32 (B, C) for `labels_kind="multi"`.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ft import errors, stats
+
+KEYS = {
+  "labels_kind": ("single", "one label an example, or several (a list, or a|b)",
+                  ["single", "multi"]),
+  "class_weights": ("none", "balanced: every class counts the same in the loss",
+                    ["none", "balanced"]),
+  "logit_adjustment": (0.0, "tau: training logits get tau * log prior, for rare classes",
+                       (0.0, None)),
+  "label_smoothing": (0.0, "share of the target spread over all classes", (0.0, 0.99)),
+  "mixup": (0.0, "alpha of the Beta that mixes pairs of images and labels; 0: off", (0.0, None)),
+  "metric": ("accuracy", "what the best checkpoint is chosen by",
+             ["accuracy", "macro_f1", "auroc"]),
+}
+
+# What a batch holds beside the model's inputs.
+BOOKKEEPING = ("label", "weight", "index", "stop")
+MIXED = "pixel_values"
+STRENGTHS = (1.0, 10.0, 100.0, 1000.0)  # of the probe: inverse regularisation, chosen on validation
+
+
+class Task:
+  """Losses, predictions, metrics and baselines of classification; pure functions, no loop.
+
+  Everywhere `apply(variables, inputs, rng)` returns the model's outputs, a dict with "logits" and
+  "features"; rng None is evaluation. A batch with "features" in place of inputs goes to the head.
+
+  Attributes:
+    labels: class names by index; integers in their order, other names sorted.
+    model_args: what the model has to be loaded with.
+    metric: (name, "max").
+  """
+
+  def __init__(self, config, data, preprocess):
+    """Settles the classes from the training rows.
+
+    Args:
+      config: the section `task`.
+      data: a `sources.Data`; every label of every split has to occur in its train rows.
+      preprocess: the modality's, row -> example; `finish(batch)` runs on the device.
+
+    Raises:
+      UserError: no labels, a single class, a measured value as label, a label that train lacks,
+        or mixup of something other than images.
+    """
+    if config.mixup and "image" not in data.columns:
+      raise errors.UserError("task.mixup mixes images, and the data has none; set task.mixup=0")
+    named = {name: _named_labels(rows, config.labels_kind) for name, rows in data.splits.items()}
+    labels = _order({label for names in named["train"] for label in names})
+    self._settle(config.labels_kind, labels, config.metric, preprocess)
+    for name, rows in data.splits.items():
+      self._check_known(named[name], rows)
+    if len(labels) < 2 - self.multi:
+      raise errors.UserError(
+        f"train has the label {', '.join(labels) or '(none)'} only; a classifier needs two"
+      )
+    self._config = config
+    counts = np.zeros(len(labels))
+    for names in named["train"]:
+      counts[[self._index[label] for label in names]] += 1
+    self._set_priors(counts, len(named["train"]))
+
+  def _settle(self, kind, labels, metric, preprocess):
+    self.multi = kind == "multi"
+    self.labels = list(labels)
+    self.metric = (metric, "max")
+    self.model_args = {"num_labels": len(self.labels), "labels": self.labels}
+    self.preprocess = preprocess
+    self._index = {label: i for i, label in enumerate(self.labels)}
+
+  def _set_priors(self, counts, rows: int):
+    """Class weights and log priors, constants of the loss, from the counts (C,) of train."""
+    classes, weighted = len(counts), self._config.class_weights == "balanced"
+    share = counts / rows
+    if self.multi:
+      # Half a row keeps labels that all or no rows have finite.
+      share = (counts + 0.5) / (rows + 1)
+      self._log_prior = np.log(share) - np.log1p(-share)
+      balanced = np.stack([0.5 / (1 - share), 0.5 / share])
+      self._class_weights = balanced if weighted else np.ones((2, classes))
+    else:
+      self._log_prior = np.log(share)
+      self._class_weights = 1 / (classes * share) if weighted else np.ones(classes)
+
+  def _check_known(self, named, rows):
+    for i, names in enumerate(named):
+      for label in names:
+        if label not in self._index:
+          raise errors.UserError(
+            f"{rows.where(i)}: label {label!r} of {rows.name} does not occur in train"
+            f"{errors.suggest(label, self._index)}; train has {_some(self.labels)}"
+          )
+
+  # Saving and restoring for prediction.
+
+  def spec(self) -> dict:
+    """Returns what `from_spec` needs, as JSON."""
+    return {"labels": self.labels, "labels_kind": "multi" if self.multi else "single",
+            "metric": self.metric[0]}
+
+  @classmethod
+  def from_spec(cls, spec: Mapping, preprocess) -> "Task":
+    """Returns a task that can predict and describe (not train), from what `spec` returned."""
+    task = cls.__new__(cls)
+    task._settle(spec["labels_kind"], spec["labels"], spec["metric"], preprocess)
+    return task
+
+  def describe_task(self) -> dict:
+    """Returns the card's fields about the task."""
+    return {"labels": self.labels, "mode": self.metric[1]}
+
+  # On the device.
+
+  def example(self, row: dict) -> dict:
+    """Returns preprocess(row) with "label": () int32, or (C,) float32 multi-hot."""
+    example = self.preprocess(row)
+    names = _names(row["label"], self.multi)
+    if self.multi:
+      label = np.zeros(len(self.labels), np.float32)
+      label[[self._index[name] for name in names]] = 1
+    else:
+      label = np.int32(self._index[names[0]])
+    return {**example, "label": np.asarray(label)}
+
+  def loss(self, apply: Callable, variables, batch: dict, rng) -> tuple:
+    """Returns sums over the batch: (total, weight, {"accuracy": …}); weight 0 masks a row.
+
+    Single: softmax cross-entropy against smoothed targets, rows weighted by class (normalised by
+    the sum of the weights, as torch's CrossEntropyLoss). Multi: mean sigmoid cross-entropy over
+    the classes. Logit adjustment: Menon et al. (2021).
+    """
+    inputs, hot = self._inputs(batch), self._hot(batch["label"])
+    if self._config.mixup and rng is not None:
+      inputs, hot = mix(inputs, hot, batch["weight"], self._config.mixup, rng)
+    raw = apply(variables, inputs, rng)["logits"].astype(jnp.float32)
+    logits = raw + self._config.logit_adjustment * jnp.asarray(self._log_prior, jnp.float32)
+    losses, rows = self._losses(logits, hot)
+    rows = rows * batch["weight"]
+    right = self._right(raw, hot)
+    return jnp.sum(losses * batch["weight"]), jnp.sum(rows), {"accuracy": jnp.sum(rows * right)}
+
+  def _losses(self, logits, hot):
+    """Returns weighted losses (B,) and the weights (B,) that normalise them."""
+    weights = jnp.asarray(self._class_weights, jnp.float32)
+    smooth = self._config.label_smoothing
+    if self.multi:
+      cells = hot * weights[1] + (1 - hot) * weights[0]
+      targets = hot * (1 - smooth) + smooth / 2
+      losses = optax.sigmoid_binary_cross_entropy(logits, targets)
+      return jnp.mean(cells * losses, -1), jnp.mean(cells, -1)
+    rows = hot @ weights
+    targets = hot * (1 - smooth) + smooth / hot.shape[-1]
+    return rows * optax.softmax_cross_entropy(logits, targets), rows
+
+  def _right(self, logits, hot):
+    """Returns (B,) whether the decision is the target's (its larger part's, where mixed)."""
+    if self.multi:
+      return jnp.all((logits > 0) == (hot > 0.5), -1)
+    return jnp.argmax(logits, -1) == jnp.argmax(hot, -1)
+
+  def _hot(self, label):
+    return label if self.multi else jax.nn.one_hot(label, len(self.labels), dtype=jnp.float32)
+
+  def _inputs(self, batch: dict) -> dict:
+    """Returns the finished inputs of the model, or the cached features alone."""
+    if "features" in batch:
+      return {"features": batch["features"]}
+    inputs = {key: value for key, value in batch.items() if key not in BOOKKEEPING}
+    return self.preprocess.finish(inputs)
+
+  def predict(self, apply: Callable, variables, batch: dict) -> dict:
+    """Returns {"logits": (B, C) float32} and, where the batch has it, "label"."""
+    logits = apply(variables, self._inputs(batch), None)["logits"].astype(jnp.float32)
+    return {"logits": logits, **_label(batch)}
+
+  def features(self, apply: Callable, variables, batch: dict) -> dict:
+    """Returns {"features": (B, D) float32}, what the head reads, and "label" where it is there."""
+    outputs = apply(variables, self._inputs(batch), None)
+    return {"features": outputs["features"].astype(jnp.float32), **_label(batch)}
+
+  # On the host, over whole splits.
+
+  def metrics(self, outputs: dict) -> dict[str, float]:
+    """Returns the metrics of a split, at temperature 1.
+
+    accuracy (multi: all labels of a row right), macro_f1, auroc, log_loss, ece, and recall/<label>
+    of the classes that occur. All are NaN where a logit is not finite.
+
+    Args:
+      outputs: "logits" (N, C), "label" (N,) or (N, C).
+    """
+    logits, label = np.asarray(outputs["logits"], np.float64), np.asarray(outputs["label"])
+    probabilities, decisions = self._probabilities(logits), self._decisions(logits)
+    found = {
+      "accuracy": stats.accuracy(decisions, label),
+      "macro_f1": stats.macro_f1(decisions, label),
+      "auroc": stats.auroc(probabilities, label),
+      "log_loss": stats.log_loss(probabilities, label),
+      "ece": stats.ece(probabilities, label),
+      **self._recalls(decisions, label),
+    }
+    finite = np.isfinite(logits).all()
+    return {key: float(value) if finite else float("nan") for key, value in found.items()}
+
+  def _recalls(self, decisions, label) -> dict[str, float]:
+    of = {i: (label[:, i] > 0 if self.multi else label == i) for i in range(len(self.labels))}
+    said = {i: (decisions[:, i] if self.multi else decisions == i) for i in of}
+    return {f"recall/{self.labels[i]}": said[i][rows].mean()
+            for i, rows in of.items() if rows.any()}
+
+  def _probabilities(self, logits):
+    return stats.sigmoid(logits) if self.multi else stats.softmax(logits)
+
+  def _decisions(self, logits):
+    return np.asarray(logits) > 0 if self.multi else np.argmax(logits, axis=-1)
+
+  def score(self, outputs: dict) -> np.ndarray:
+    """Returns (N,) 1.0 where the row is decided right; their mean is the metric "accuracy"."""
+    same = self._decisions(outputs["logits"]) == (np.asarray(outputs["label"]))
+    return same.reshape(len(same), -1).all(axis=1).astype(np.float64)
+
+  def value(self, outputs: dict) -> float:
+    """Returns the selection metric of a split; for intervals where it is no mean of scores."""
+    logits, label = np.asarray(outputs["logits"]), np.asarray(outputs["label"])
+    if self.metric[0] == "auroc":
+      return stats.auroc(self._probabilities(logits), label)
+    measure = stats.macro_f1 if self.metric[0] == "macro_f1" else stats.accuracy
+    return measure(self._decisions(logits), label)
+
+  def calibrate(self, outputs: dict) -> dict:
+    """Returns {"temperature": T} fitted to a split (validation); see `stats.fit_temperature`."""
+    return {"temperature": stats.fit_temperature(outputs["logits"], outputs["label"])}
+
+  def describe(self, outputs: dict, calibration: Mapping) -> dict:
+    """Returns the answer for one row as JSON types.
+
+    Args:
+      outputs: "logits" (C,).
+      calibration: what `calibrate` returned.
+
+    Returns:
+      label (multi: list of the labels above one half), confidence (calibrated probability of the
+      label; multi: of the least certain of the decisions), probabilities {label: calibrated}.
+    """
+    logits = np.asarray(outputs["logits"], np.float64) / calibration["temperature"]
+    chances = self._probabilities(logits)
+    if self.multi:
+      label = [name for name, p in zip(self.labels, chances, strict=True) if p > 0.5]
+      confidence = np.maximum(chances, 1 - chances).min()
+    else:
+      label, confidence = self.labels[int(chances.argmax())], chances.max()
+    return {
+      "label": label, "confidence": float(confidence),
+      "probabilities": {n: float(p) for n, p in zip(self.labels, chances, strict=True)},
+    }
+
+  def evidence(self, outputs: dict, calibration: Mapping) -> dict:
+    """Returns the card's fields about the tuned outputs: the confusion matrix of test."""
+    del calibration
+    test = outputs.get("test")
+    if self.multi or test is None:
+      return {}
+    matrix = stats.confusion(self._decisions(test["logits"]), test["label"], len(self.labels))
+    return {"confusion": {"labels": self.labels, "matrix": matrix.tolist()}}
+
+  def baselines(self, features: dict) -> dict:
+    """Returns what no fine-tuning gets.
+
+    Args:
+      features: split -> {"features": (N, D), "label"}, with at least "train".
+
+    Returns:
+      "majority" (the shares of train) and "probe" (logistic regression on the features, its
+      regularisation chosen on validation) -> split -> {"logits": (N, C), "label"}.
+    """
+    train = features["train"]
+    prior = np.asarray(self._log_prior, np.float32)
+    found = {"majority": lambda x: np.broadcast_to(prior, (len(x), len(prior)))}
+    validation = features.get("validation")
+    found["probe"] = self._probe(train, validation)
+    return {name: {split: {"logits": logits(part["features"]), "label": part["label"]}
+                   for split, part in features.items()}
+            for name, logits in found.items()}
+
+  def _probe(self, train: dict, validation: dict | None) -> Callable:
+    """Returns features (N, D) -> logits (N, C) of the strength that is best on validation."""
+    best, best_value = None, -np.inf
+    for logits in probes(train["features"], train["label"], len(self.labels)):
+      if validation is None:
+        return logits
+      outputs = {"logits": logits(validation["features"]), "label": validation["label"]}
+      value = self.value(outputs)
+      if best is None or value > best_value:
+        best, best_value = logits, value
+    return best
+
+
+def mix(inputs: dict, hot, weight, alpha: float, rng) -> tuple:
+  """Mixup: each image with that of the reversed batch, by a share from Beta(alpha, alpha).
+
+  Source: Zhang et al. (2018). Rows whose partner is padding stay as they are.
+
+  Args:
+    inputs: "pixel_values" (B, H, W, 3) float, after normalisation.
+    hot: targets (B, C) float32. weight: (B,).
+
+  Returns:
+    (inputs, hot), mixed.
+
+  Raises:
+    UserError: the inputs are cached features.
+  """
+  if "features" in inputs:
+    raise errors.UserError(
+      "task.mixup mixes images, but this run trains the head on features computed once; "
+      "set task.mixup=0, or train more than the head"
+    )
+  pixels = inputs[MIXED]
+  # Its own stream, so that the dropout masks are those of a run without mixup.
+  share = jax.random.beta(jax.random.fold_in(rng, 0x6D6978), alpha, alpha, weight.shape)
+  share = jnp.where(weight[::-1] > 0, share, 1.0).astype(jnp.float32)
+  wide = share[:, None, None, None].astype(pixels.dtype)
+  mixed = pixels * wide + pixels[::-1] * (1 - wide)
+  return {**inputs, MIXED: mixed}, hot * share[:, None] + hot[::-1] * (1 - share[:, None])
+
+
+def probes(features, label, classes: int):
+  """Yields logistic regressions from strong to weak regularisation, each started at the last.
+
+  Features are centred and divided by one number, so that the strengths mean the same for every
+  model and the penalty keeps its shape.
+
+  Args:
+    features: (N, D). label: (N,) or multi-hot (N, C). classes: C.
+  """
+  features, label = np.asarray(features, np.float64), np.asarray(label)
+  centre = features.mean(axis=0)
+  size = np.sqrt(((features - centre) ** 2).sum(axis=1).mean()) or 1.0
+  scaled = (features - centre) / size
+  targets = [label] if label.ndim == 1 else [label[:, i] for i in range(classes)]
+  models = [_regression(target) for target in targets]
+  for strength in STRENGTHS:
+    parts = [_fit(model, scaled, target, strength)
+             for model, target in zip(models, targets, strict=True)]
+    kernel = np.concatenate([kernel for kernel, _ in parts], axis=1)
+    bias = np.concatenate([bias for _, bias in parts])
+    if label.ndim == 1 and kernel.shape[1] == 1:
+      kernel, bias = np.concatenate([0 * kernel, kernel], axis=1), np.concatenate([0 * bias, bias])
+    yield _Linear(centre, size, kernel, bias)
+
+
+class _Linear:
+  """features (N, D) -> logits (N, C) float32."""
+
+  def __init__(self, centre, size, kernel, bias):
+    self._kernel, self._bias = kernel / size, bias - centre @ kernel / size
+
+  def __call__(self, features):
+    return (np.asarray(features, np.float64) @ self._kernel + self._bias).astype(np.float32)
+
+
+def _regression(target):
+  """Returns an estimator; None where the target is constant and there is nothing to fit."""
+  from sklearn import linear_model
+
+  classes = len(np.unique(target))
+  if classes < 2:
+    return None
+  solver = "newton-cholesky" if classes == 2 else "lbfgs"
+  return linear_model.LogisticRegression(solver=solver, max_iter=300, tol=1e-4, warm_start=True)
+
+
+def _fit(model, features, target, strength: float) -> tuple:
+  """Returns (kernel (D, C or 1), bias (C or 1,)) for a target with C classes or 2."""
+  if model is None:
+    return np.zeros((features.shape[1], 1)), np.where(target[:1] > 0, 10.0, -10.0)
+  import warnings
+
+  from sklearn import exceptions
+
+  with warnings.catch_warnings():
+    # The last thousandth of the loss does not move the baseline, and would take most of the time.
+    warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
+    model.set_params(C=strength).fit(features, target)
+  return model.coef_.T, model.intercept_
+
+
+def _label(batch: dict) -> dict:
+  return {"label": batch["label"]} if "label" in batch else {}
+
+
+def _names(label, multi: bool) -> list[str]:
+  """The class names of one row's label."""
+  if not multi:
+    return [str(label)]
+  if isinstance(label, str):
+    label = label.split("|")
+  parts = label if isinstance(label, (list, tuple)) else [label]
+  return [text for part in parts if (text := str(part).strip())]
+
+
+def _named_labels(rows, kind: str) -> list[list[str]]:
+  """The class names of each row of a split; UserError where a row has none that can be one."""
+  labels = rows.labels
+  if labels is None:
+    raise errors.UserError(
+      f"{rows.name} has no label; name its column in data.columns.label, "
+      f"one of {', '.join(map(str, rows.table.columns))}"
+    )
+  for i, label in enumerate(labels):
+    parts = label if isinstance(label, (list, tuple)) else [label]
+    wrong = "is missing" if label is None else ""
+    if any(isinstance(part, float) for part in parts):
+      wrong = f"{label!r} is a measured value, no class; data.binarize makes classes of numbers"
+    if kind == "single" and isinstance(label, (list, tuple)):
+      wrong = f"{label!r} is a list; several labels an example need task.labels_kind='multi'"
+    if wrong:
+      raise errors.UserError(f"{rows.where(i)}: the label {wrong}")
+  return [_names(label, kind == "multi") for label in labels]
+
+
+def _order(labels) -> list[str]:
+  """Integers by value, anything else by name."""
+  try:
+    return sorted(labels, key=int)
+  except ValueError:
+    return sorted(labels)
+
+
+def _some(labels: list[str]) -> str:
+  """The first labels, for a message."""
+  more = f" and {len(labels) - 12} more" if len(labels) > 12 else ""
+  return ", ".join(labels[:12]) + more

@@ -1,0 +1,41 @@
+"""Writes the tuned model of a finished run for use elsewhere, and checks what was written.
+
+    python scripts/export.py --run=DIR --format=hf|merged|stablehlo --output=DIR
+
+hf and merged: a Hugging Face folder of plain weights, adapters folded in. stablehlo: one file that
+`jax.export.deserialize(...).call(**inputs)` runs without any code of ft, batch size free.
+"""
+
+import pathlib
+
+from absl import flags, logging
+
+from ft import cli
+
+flags.DEFINE_string("run", "", "folder of a finished run, or of an exported model")
+flags.DEFINE_enum("format", "hf", ["hf", "merged", "stablehlo"], "form to write")
+flags.DEFINE_string("output", "", "folder to write; must not exist or be empty")
+
+
+def main(_):
+  from ft import compilation, errors, models, stablehlo
+
+  f = flags.FLAGS
+  compilation.cache()
+  if not f.run or not f.output:
+    raise errors.UserError("--run=DIR and --output=DIR are needed")
+  output = pathlib.Path(f.output)
+  if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    raise errors.UserError(f"--output={output}: is there already; choose a new or empty folder")
+  folder = pathlib.Path(f.run)
+  model = folder / "model" if (folder / "model").is_dir() else folder
+  pretrained = models.load(str(model))
+  if f.format == "stablehlo":
+    stablehlo.write(pretrained, output)
+  else:
+    models.export(pretrained, output)
+  logging.info("%s: written and checked", output)
+
+
+if __name__ == "__main__":
+  cli.run(main, __doc__)

@@ -1,0 +1,375 @@
+"""The card: record, page, terminal lines, comparison and script, on realistic records."""
+
+import importlib.util
+import json
+import math
+import pathlib
+from html import parser
+
+import numpy as np
+import pytest
+from card import fake_runs
+
+from ft import card, errors
+from ft.card import charts, compare, html, markup, schema, words
+
+SECTIONS = ("verdict", "results", "learning", "errors", "calibration", "data", "trained",
+            "loading", "cost", "reproduce")
+HOSTILE = '</td></style><script>alert(1)</script><img src=x onerror="alert(2)">&amp;\u202e\x00\'"'
+VOID = {"meta", "br", "hr", "line", "circle", "polyline"}
+
+
+class Reader(parser.HTMLParser):
+  """Elements, attributes and text of a page; fails on tags that do not nest."""
+
+  def __init__(self, page):
+    super().__init__()
+    self.open, self.tags, self.attributes, self.words = [], [], [], []
+    self.feed(page)
+    self.close()
+    assert self.open == []
+    self.text = " ".join(" ".join(self.words).split())
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append(tag)
+    self.attributes += attrs
+    if tag not in VOID:
+      self.open.append(tag)
+
+  def handle_startendtag(self, tag, attrs):
+    assert tag in VOID
+    self.handle_starttag(tag, attrs)
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    if self.open and self.open[-1] != "style":
+      self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def sentiment():
+  return fake_runs.sentiment()
+
+
+def page(record):
+  record = schema.normalise(record)
+  schema.validate(record)
+  return html.page(record)
+
+
+# ---- The record
+
+
+def test_write_makes_both_files_and_nothing_else(sentiment, tmp_path):
+  paths = card.write(sentiment, tmp_path)
+  assert {p.name for p in tmp_path.iterdir()} == {"card.json", "card.html"}
+  assert [p.name for p in paths] == ["card.json", "card.html"]
+  text = paths[0].read_text(encoding="utf-8")
+  record = json.loads(text, parse_constant=pytest.fail)
+  assert record["schema"] == schema.VERSION
+  assert text == json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+  assert card.read(tmp_path) == record
+  assert html.page(record) == paths[1].read_text(encoding="utf-8")
+
+
+def test_every_field_is_documented_and_fakes_use_only_those(sentiment):
+  schema.validate(schema.normalise(sentiment))
+  table = schema.markdown()
+  assert all(f"| `{path}` |" in table for path, *_ in schema.FIELDS)
+  assert all(kind.replace("!", "").strip() and meaning for _, kind, meaning in schema.FIELDS)
+
+
+def test_numbers_that_are_not_finite_become_null_with_a_reason(sentiment, tmp_path):
+  results = {"test": {"fine-tuned": {
+      "metrics": {"accuracy": np.float32(0.5), "auroc": float("nan")},
+      "interval": {"accuracy": (math.inf, 1)}, "n": np.int64(4)}}}
+  card.write(sentiment | {"results": results, "differences": {}}, tmp_path)
+  record = card.read(tmp_path)
+  assert record["results"]["test"]["fine-tuned"]["metrics"]["auroc"] is None
+  assert record["missing"]["results.test.fine-tuned.metrics.auroc"] == "not a finite number (nan)"
+  assert "results.test.fine-tuned.interval.accuracy.0" in record["missing"]
+  assert "not a finite number" in (tmp_path / "card.html").read_text()
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"schema": "ft-card/9"}, "schema 'ft-card/9'"),
+    ({"result": {}}, "unknown field result (did you mean 'results'?)"),
+    ({"title": None}, "title must be str"),
+    ({"task": {"name": "classify"}}, "task.metric is missing"),
+    ({"history": [3]}, "history must be list"),
+    ({"data": {"splits": {"test": {"rows": "many"}}}}, "data.splits.test.rows must be int"),
+    ({"results": {"test": {"probe": {"metrics": {}}}}}, "results.test.probe.n is missing"),
+    ({"guards": {"leak": {"verdict": "fine", "words": "x"}}}, "guards.leak.verdict is 'fine'"),
+    ({"guards": []}, "guards must be dict, got list")])
+def test_a_record_of_another_shape_is_refused_before_anything_is_written(
+    sentiment, tmp_path, change, said):
+  with pytest.raises(errors.UserError) as caught:
+    card.write(sentiment | change, tmp_path)
+  assert said in str(caught.value)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_all_faults_are_named_at_once(sentiment):
+  with pytest.raises(errors.UserError) as caught:
+    schema.validate(schema.normalise({"titel": "x"}))
+  for said in ("unknown field titel", "title is missing", "task is missing"):
+    assert said in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_written_is_one_message(sentiment, tmp_path):
+  with pytest.raises(errors.UserError, match="cannot write .*card.html: No such file"):
+    card.write(sentiment, tmp_path / "absent")
+
+
+def test_a_failed_write_leaves_the_old_card_whole(sentiment, tmp_path, monkeypatch):
+  card.write(sentiment, tmp_path)
+  before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr("os.replace", full)
+  with pytest.raises(errors.UserError, match="No space left"):
+    card.write(sentiment | {"title": "Another"}, tmp_path)
+  assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_fingerprint_tells_rows_apart():
+  rows = [{"text": "a", "label": 1}, {"image": np.zeros((2, 2), np.uint8), "label": 0},
+          {"image": pathlib.Path("/x/1.png"), "label": "é"}]
+  moved = [*rows[:2], {"image": pathlib.Path("/y/1.png"), "label": "é"}]
+  assert card.fingerprint(rows) == card.fingerprint(moved)
+  assert card.fingerprint(rows) != card.fingerprint(rows[::-1])
+  assert card.fingerprint([{"text": "ab"}]) != card.fingerprint([{"text": "a"}, {"text": "b"}])
+  assert card.fingerprint([{"image": np.zeros(4)}]) != card.fingerprint([
+      {"image": np.zeros((2, 2))}])
+
+
+# ---- The page
+
+
+@pytest.mark.parametrize("make", [fake_runs.sentiment, fake_runs.intents, fake_runs.quality])
+def test_page_is_whole_and_needs_no_network(make):
+  text = page(make())
+  reader = Reader(text)
+  attributes = dict(reader.attributes)
+  ids = [value for name, value in reader.attributes if name == "id"]
+  assert [i for i in ids if not i.endswith("-title")] == list(SECTIONS)
+  assert not {"script", "link", "iframe", "img"} & set(reader.tags)
+  assert not {"src", "onclick", "onload"} & set(attributes)
+  assert all(value.startswith("#") for name, value in reader.attributes if name == "href")
+  assert "url(" not in html.el.STYLE and "@import" not in html.el.STYLE
+  assert reader.tags.count("h1") == 1
+  assert reader.tags.count("caption") == reader.tags.count("table")
+  svgs = text.split("<svg ")[1:]
+  assert svgs and all('role="img"' in s and 'aria-label="' in s for s in
+                      (s.split(">")[0] for s in svgs))
+  assert "None" not in reader.text and "nan" not in reader.text
+
+
+def test_verdicts_come_first_and_say_who_did_not_gain(sentiment):
+  text = Reader(page(sentiment)).text
+  start = text[:text.index("Results accuracy") if "Results accuracy" in text else 2500]
+  assert "Fine-tuning gained +8.1 points [" in start
+  assert "on test over the frozen probe. Elsewhere, gained: editorials +5." in start
+  assert "did not gain: tweets −0.5 [" in start
+
+
+def test_a_run_that_gains_nothing_says_so():
+  record = schema.normalise(fake_runs.quality())
+  assert words.conclusion(record).startswith(
+      "Fine-tuning did not gain on test over the frozen probe: +2.7 points [")
+  assert "The images are simulated" in Reader(html.page(record)).text
+
+
+def test_many_labels_get_the_top_confusions_in_place_of_the_matrix(sentiment):
+  many, few = page(fake_runs.intents()), page(sentiment)
+  assert 'class="matrix"' in few and 'class="matrix"' not in many
+  assert "Most frequent confusions" in many and "the 10 hardest of 77 labels" in many
+  assert "Rows of each of the 77 labels" in many
+
+
+def test_a_bare_record_still_has_every_section():
+  text = page({"title": "Bare", "task": {"name": "classify", "metric": "accuracy"}})
+  reader = Reader(text)
+  assert all(f'id="{section}"' in text for section in SECTIONS)
+  assert reader.text.count("Not recorded in this run.") == 9
+  assert "gained anything on test was not measured" in reader.text
+
+
+def test_hostile_text_never_becomes_markup(sentiment):
+  record = fake_runs.record(
+      (HOSTILE, "b"), {"validation": (60, 0.7, 0.8), "test": (80, 0.6, 0.8), HOSTILE: (50, .6, .7)},
+      title=HOSTILE, notes=[HOSTILE], command=HOSTILE, created=HOSTILE,
+      versions={HOSTILE: HOSTILE}, config={HOSTILE: {HOSTILE: HOSTILE}},
+      model={"source": HOSTILE, "family": HOSTILE, "table": [[HOSTILE, HOSTILE, 3]],
+             "load_report": {HOSTILE: [HOSTILE]}})
+  record["data"]["first_example"] = HOSTILE + "\ud800"
+  record["data"]["counts"] = {HOSTILE: HOSTILE}
+  record["guards"][HOSTILE] = {"verdict": "ok", "words": HOSTILE, "numbers": {}}
+  record["cost"]["phases"][HOSTILE] = 1.0
+  text = page(record)
+  reader = Reader(text)  # Fails where a planted tag closed one of ours.
+  assert not {"script", "img"} & set(reader.tags)
+  assert "<script" not in text and "\x00" not in text
+  assert not any(name.startswith("on") for name, _ in reader.attributes)
+  assert "<script>alert(1)</script>" in reader.text  # It is shown, as text.
+  text.encode("utf-8")
+
+
+def test_hostile_text_in_a_comparison():
+  runs = [(HOSTILE, schema.normalise(fake_runs.quality(title=HOSTILE, config={HOSTILE: i})))
+          for i in (1, 2)]
+  reader = Reader(compare.page(runs))
+  assert not {"script", "img"} & set(reader.tags)
+
+
+def test_long_text_is_cut(sentiment):
+  data = sentiment["data"] | {"first_example": "x" * 50_000}
+  text = page(sentiment | {"data": data, "config": {"names": "y" * 50_000}})
+  assert "first 4,000 characters" in text and len(text) < 60_000
+
+
+def test_markup_escapes_by_construction():
+  assert markup.h("p", "<b>", title='"') == '<p title="&quot;">&lt;b&gt;</p>'
+  assert markup.h("p", markup.h("b", "x"), [None, 3]) == "<p><b>x</b>3</p>"
+  assert markup.escape("a\x07b\x9f") == "a\ufffdb\ufffd"
+
+
+@pytest.mark.parametrize("low, high", [(0.0, 1.0), (0.48, 0.91), (-3, 1200), (1e-9, 2e-9),
+                                       (99.99, 100.01)])
+def test_ticks_are_round_and_inside(low, high):
+  found = charts.ticks(low, high, 4)
+  assert 2 <= len(found) <= 6
+  assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in found)
+
+
+def test_curves_with_one_point_or_flat_lines_draw():
+  for points in ([(5, 0.5)], [(0, 0.0), (1, 0.0)]):
+    svg = charts.lines([("train", points, "one")], "x", (5, "kept"))
+    assert "nan" not in svg and "inf" not in svg
+  assert charts.intervals([("a", None, None, True)], "accuracy", 0.0, 1.0, "x")
+
+
+# ---- The terminal
+
+
+def test_summary_is_short_and_holds_the_numbers(sentiment):
+  lines = card.summary(sentiment).splitlines()
+  assert len(lines) <= 12
+  assert lines[0].split() == ["accuracy,", "%", "test", "editorials", "products", "tweets"]
+  assert [line.split("  ")[0] for line in lines[1:4]] == [
+      "majority class", "frozen probe", "fine-tuned"]
+  assert "86.5 [84." in lines[3]
+  assert lines[4].startswith("Fine-tuning gained on test: +8.1 points [")
+  assert any(line.startswith("Fine-tuning did not gain on tweets: −0.5") for line in lines)
+
+
+def test_summary_of_many_splits_stays_short():
+  rates = {"validation": (50, 0.6, 0.7), "test": (50, 0.6, 0.7)}
+  rates |= {f"domain {i}": (40, 0.6, 0.7) for i in range(15)}
+  lines = card.summary(fake_runs.record(("a", "b"), rates)).splitlines()
+  assert len(lines) == 12 and lines[-1] == "9 more splits are on the card."
+
+
+def test_summary_of_a_bare_record():
+  assert "accuracy" in card.summary({"title": "x", "task": {"name": "c", "metric": "accuracy"}})
+
+
+def test_other_units_and_missing_intervals():
+  row = {"metric": "mae", "difference": -0.1234, "lo": -0.2, "hi": -0.05, "n": 9}
+  record = {"task": {"metric": "mae", "mode": "min"},
+            "results": {"test": {}}, "differences": {"test": {"fine-tuned - probe": row}}}
+  assert words.conclusion(record).startswith("Fine-tuning gained −0.123 [−0.200, −0.050] of mae")
+  row |= {"lo": None}
+  assert "was not measured" in words.conclusion(record)
+  assert "interval is not defined" in words.verdict(record, "test")
+
+
+# ---- Several runs
+
+
+def test_comparison_pairs_runs_on_the_same_rows():
+  first, second = (schema.normalise(fake_runs.quality(config={"rate": r})) for r in (1, 2))
+  labels = fake_runs.record(("nominal", "local", "global"), {
+      "validation": (90, 0.5, 0.5), "test": (150, 0.4, 0.45)})
+  worse = schema.normalise(labels)
+  row, reason = compare.paired(worse, first, "test")
+  assert reason is None and row["n"] == 150 and row["hi"] < 0
+  same, _ = compare.paired(second, first, "test")
+  assert (same["difference"], same["lo"], same["hi"]) == (0, 0, 0)
+  text = Reader(compare.page([("a", first), ("b", second), ("c", worse)])).text
+  assert "not told apart" in text and "worse" in text and "Config keys that differ" in text
+
+
+def test_comparison_says_why_runs_are_not_paired():
+  first, second = (schema.normalise(fake_runs.quality()) for _ in range(2))
+  second["data"]["splits"]["test"]["fingerprint"] = "other"
+  assert "rows differ" in compare.paired(second, first, "test")[1]
+  del second["data"]["splits"]["test"]["fingerprint"]
+  assert "fingerprint is not recorded" in compare.paired(second, first, "test")[1]
+  third = schema.normalise(fake_runs.quality())
+  del third["results"]["test"]["fine-tuned"]["scores"]
+  assert "scores by row are not recorded" in compare.paired(third, first, "test")[1]
+  third["results"]["test"] = {}
+  assert "no result on this split" in compare.paired(third, first, "test")[1]
+
+
+@pytest.fixture
+def script():
+  from absl import flags
+
+  path = pathlib.Path(__file__).parents[2] / "scripts" / "card.py"
+  spec = importlib.util.spec_from_file_location("card_script", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  yield module
+  for name in ("run", "output"):
+    delattr(flags.FLAGS, name)
+
+
+def test_script_rebuilds_one_card_and_compares_several(script, sentiment, tmp_path):
+  for name in ("a", "b"):
+    (tmp_path / name).mkdir()
+    card.write(sentiment | {"title": name}, tmp_path / name)
+  before = (tmp_path / "a" / "card.html").read_text()
+  (tmp_path / "a" / "card.html").unlink()
+  assert script.build([str(tmp_path / "a")], "") == tmp_path / "a" / "card.html"
+  assert (tmp_path / "a" / "card.html").read_text() == before
+  output = tmp_path / "both.html"
+  script.build([str(tmp_path / "a"), str(tmp_path / "b")], str(output))
+  assert "Comparison of 2 runs" in Reader(output.read_text()).text
+
+
+@pytest.mark.parametrize("content, said", [
+    (None, "does not exist"), ("{", "is not a card"), ("[]", "must be an object"),
+    ('{"schema": "x"}', "has schema 'x'"), (b"\xff\xfe", "is not a card")])
+def test_bad_cards_are_one_message(script, tmp_path, content, said):
+  if content is not None:
+    path = tmp_path / "card.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+  with pytest.raises(errors.UserError, match=said) as caught:
+    script.build([str(tmp_path)], "")
+  assert str(tmp_path) in str(caught.value)
+
+
+def test_script_needs_a_run_and_an_output(script, sentiment, tmp_path):
+  with pytest.raises(errors.UserError, match="--run is missing"):
+    script.build([], "")
+  card.write(sentiment, tmp_path)
+  with pytest.raises(errors.UserError, match="--output is missing"):
+    script.build([str(tmp_path)] * 2, "")
+
+
+def test_script_exit_status(tmp_path):
+  import subprocess
+  import sys
+
+  repo = pathlib.Path(__file__).parents[2]
+  done = subprocess.run([sys.executable, str(repo / "scripts" / "card.py"), f"--run={tmp_path}"],
+                        capture_output=True, text=True, check=False,
+                        env={"PYTHONPATH": str(repo), "PATH": ""})
+  assert done.returncode == 2 and done.stdout == ""
+  assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
