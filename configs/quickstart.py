@@ -25,7 +25,7 @@ def get_config():
         editorials=f"{FILES}/nytEditorialSnippets_GroundTruth.txt",
         tweets=f"{FILES}/tweets_GroundTruth.txt",
       ),
-      format="tsv", header=False, names=("id", "rating", "text"), encoding="latin-1",
+      format="tsv", header=False, names=("id", "rating", "text"),
       columns=dict(text="text"),
       binarize=dict(column="rating", at=0.0, margin=0.5, labels=("negative", "positive")),
     ),

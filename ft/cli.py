@@ -1,5 +1,6 @@
 """What every script shares: absl flags, `--config.key=value` overrides, exit statuses."""
 
+import logging as standard_logging
 import pathlib
 import signal
 import sys
@@ -21,8 +22,7 @@ def run(main, description: str, with_config: bool = False):
   """
 
   def guarded(argv):
-    logging.use_absl_handler()
-    logging.set_verbosity(max(FLAGS.verbosity, logging.INFO))
+    _quiet_logs()
     try:
       main(argv)
     except (errors.UserError, errors.RowError) as error:
@@ -35,6 +35,17 @@ def run(main, description: str, with_config: bool = False):
       sys.exit(128 + signal.SIGINT)
 
   app.run(guarded, flags_parser=lambda argv: _parse(argv, description, with_config))
+
+
+def _quiet_logs():
+  """Shows what ft says, and of the libraries below it warnings only, one plain line each."""
+  logging.use_absl_handler()
+  logging.set_verbosity(max(FLAGS.verbosity, logging.INFO))
+  handler, ours = logging.get_absl_handler(), str(config_lib.ROOT)
+  handler.setFormatter(standard_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+  handler.addFilter(
+    lambda record: record.levelno >= standard_logging.WARNING or record.pathname.startswith(ours)
+  )
 
 
 def config():

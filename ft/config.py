@@ -114,7 +114,11 @@ def load(name: str, overrides: list[tuple[str, str]] = ()):
   path, _, words = name.partition(":")
   given = _flatten(_call(pathlib.Path(path), words))
   for key, text in overrides:
-    given[key] = _parse(key, text, given)
+    parent, _, entry = key.rpartition(".")
+    if _is_dict(parent) and key not in schema():
+      given[parent] = {**(given.get(parent) or {}), entry: text}
+    else:
+      given[key] = _parse(key, text)
   return complete(given)
 
 
@@ -143,7 +147,7 @@ def complete(given: dict):
       if part not in place:
         place[part] = config_dict.ConfigDict({})
       place = place[part]
-    place[rest] = config_dict.FrozenConfigDict(value) if isinstance(value, dict) else value
+    place[rest] = config_dict.ConfigDict(value) if isinstance(value, dict) else value
   return config.lock()
 
 
@@ -201,15 +205,16 @@ def _flatten(config, prefix="") -> dict:
   return flat
 
 
-def _parse(key: str, text: str, given: dict):
-  """Text of the command line -> value of the key's type; `data.columns.text=…` sets one entry."""
+def _is_dict(key: str) -> bool:
+  """Whether a key's value is a dictionary, so that `key.entry=text` sets one of its entries."""
+  everything = schema()
+  return key in everything and _kind(everything[key][0], everything[key][2]) is dict
+
+
+def _parse(key: str, text: str):
+  """Text of the command line -> value of the key's type."""
   everything = schema()
   if key not in everything:
-    parent, _, entry = key.rpartition(".")
-    if parent in everything and _kind(*everything[parent][:3:2]) is dict:
-      given[parent] = {**(given.get(parent) or {}), entry: text}
-      key, text = parent, given[parent]
-      return text
     return text
   default, _, domain, _ = everything[key]
   kind = _kind(default, domain)

@@ -5,13 +5,14 @@ import json
 import numpy as np
 
 from ft import config as config_lib
-from ft import errors, evaluate, predict, stats
+from ft import errors, evaluate, guards, predict
 from ft.data import loader as loaders
 from ft.data import sources
+from ft.guards import overfit
 
 
 def judge(run, source: str, batch: int = 32) -> dict:
-  """Returns {"n", "metrics", "interval", "dropped"} of a run's model on every row of a source.
+  """Returns {"source", "n", "metrics", "interval", "counts"} of a run's model on every row of a source.
 
   Args:
     run: pathlib.Path of the run's folder.
@@ -33,12 +34,16 @@ def judge(run, source: str, batch: int = 32) -> dict:
   loader = loaders.Loader(examples, batch, pad=predictor.preprocess.pad,
                           buckets=predictor.preprocess.buckets)
   outputs = evaluate.run(predictor.step, predictor.state, predictor.variables, loader, dict)
-  score = predictor.task.score(outputs)
-  low, high = stats.bootstrap(score)
+  task = predictor.task
+  evidence = guards.Evidence(
+    metric=task.metric[0], mode=task.metric[1], outputs={"data": {guards.TUNED: outputs}},
+    score=task.score, metrics=task.metrics, value=task.value,
+  )
+  result = overfit.results(evidence)["data"][guards.TUNED]
   return {
     "source": source,
-    "n": len(score),
-    "metrics": {k: None if not np.isfinite(v) else v for k, v in predictor.task.metrics(outputs).items()},
-    "interval": {predictor.task.metric[0]: [low, high]},
+    "n": result["n"],
+    "metrics": {k: v if np.isfinite(v) else None for k, v in result["metrics"].items()},
+    "interval": result["interval"],
     "counts": examples.report,
   }

@@ -36,8 +36,8 @@ class Predictor:
     task = importlib.import_module(f"ft.tasks.{spec['task']['name']}")
     self.task = task.Task.from_spec(spec["task"], self.preprocess)
     self.calibration = spec["calibration"]
-    self.rows = modality.read_rows
     self.batch = batch
+    self.rows = self.preprocess.read_rows
     pretrained = models.load(str(self.folder))
     self.variables = pretrained.variables
     self.state = state.State(None, None, {}, {}, None, None)

@@ -47,7 +47,7 @@ def conclude(run, tuned, outputs, baseline, calibration, host, examples, command
   }
   evidence = guards.Evidence(
     metric=metric, mode=mode, history=host["history"], outputs=rows, score=run.task.score,
-    metrics=run.task.metrics, extra=tuple(s for s in outputs if s not in ("validation", "test")),
+    metrics=run.task.metrics, value=run.task.value, extra=tuple(s for s in outputs if s not in ("validation", "test")),
   )
   resamples = run.config.guard.overfit.resamples
   results = overfit.results(evidence, resamples)

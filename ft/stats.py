@@ -27,7 +27,7 @@ def sigmoid(logits):
   return 0.5 * (1 + np.tanh(0.5 * np.asarray(logits, np.float64)))
 
 
-# ---- Intervals ------------------------------------------------------------------------------------
+# ---- Intervals -----------------------------------------------------------------------------------
 
 
 def bootstrap(score, n=1000, seed=0, level=LEVEL):
@@ -151,7 +151,7 @@ def _percentiles(values, level):
   return float(lo), float(hi)
 
 
-# ---- Metrics --------------------------------------------------------------------------------------
+# ---- Metrics -------------------------------------------------------------------------------------
 
 
 def accuracy(predicted, labels):
@@ -247,7 +247,7 @@ def brier(probs, labels):
   return float(((probs - hot) ** 2).sum(axis=1).mean())
 
 
-# ---- Calibration ----------------------------------------------------------------------------------
+# ---- Calibration ---------------------------------------------------------------------------------
 
 
 def reliability(probs, labels, bins=15, equal_mass=False):

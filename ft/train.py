@@ -139,7 +139,7 @@ def train(config, folder: os.PathLike, command: str = "") -> dict | None:
     merged = {**tuned.merge(frozen, now.trainable), **now.mutable}
     calibration = run.task.calibrate(outputs["validation"])
     if config.train.export and writer:
-      export(run, merged, calibration)
+      results.export(run, merged, calibration)
     run.lap("export")
     return results.conclude(
       run, tuned, outputs, baseline, calibration, host, examples, command, writer
@@ -172,7 +172,6 @@ def prepare(config, folder, poll) -> tuple[Run, dict]:
   logging.info("first example: %s", first)
   poll()
   pretrained = models.load_config(config.model, task.model_args, jax.random.PRNGKey(config.seed))
-  logging.info("%s", pretrained.report)
   run = Run(config, folder, grid, data, task, preprocess, pretrained, first, poll, started)
   run.lap("data and model")
   return run, examples
@@ -367,7 +366,7 @@ class Loop:
     host["evaluated"] = number
     host["history"].append({"step": number, **line})
     self.metrics.write(number, line)
-    shown = " ".join(f"{k} {v:.4f}" for k, v in line.items())
+    shown = ", ".join(f"{k} {v:.4f}" for k, v in line.items() if k.endswith((f"/{key}", "loss")))
     logging.info("step %d: %s%s", number, shown, " (best so far)" if better else "")
     self.since, self.waited = (time.monotonic(), number), 0.0
 

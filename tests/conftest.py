@@ -51,6 +51,7 @@ def get_config():
 
     from ft import models as ft_models
     from ft.models import bert
+    from ft.weights import names
 
     vocabulary = {w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -59,12 +60,13 @@ def get_config():
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     config = bert.Config(
       vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-      intermediate_size=64, max_position_embeddings=64,
+      intermediate_size=64, max_position_embeddings=128,
     )
     module = bert.Model(config)
     variables = module.init(jax.random.PRNGKey(0), **bert.probe_inputs(config))
+    files = {"tokenizer.json": tokenizer.to_str().encode()}
     ft_models.export(
-      ft_models.new("bert", module, variables, {"tokenizer.json": tokenizer.to_str().encode()}),
+      ft_models.Pretrained("bert", module, variables, names.Report(), files, config, "text", ()),
       self.model,
     )
 

@@ -87,7 +87,8 @@ def fingerprint(rows):
   """Hash of a split's rows in order: equal for equal rows, whatever file they came from.
 
   Args:
-    rows: iterable of dicts of role -> str, number, bytes, array or path (a path counts by its name).
+    rows: iterable of dicts of role -> str, number, bytes, array or path (of a path only
+      its name counts).
 
   Returns:
     Hex digest (str, 16 characters).

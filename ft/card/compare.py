@@ -5,6 +5,9 @@ from ft.card import elements as el
 from ft.card import words
 from ft.card.markup import h, join, name
 
+_OUTCOMES = {"gained": ("better", "good"), "lost": ("worse", "bad"),
+             "did not gain": ("not told apart", "none"), "not measured": ("not measured", "none")}
+
 
 def page(runs):
   """Several cards side by side.
@@ -40,7 +43,8 @@ def _compared_results(runs):
         cells = [el.cell((results.get(split) or {}).get(key), metric) for split in splits]
         rows.append(([name(run), words.row_name(key), *cells],
                      "tuned" if key == "fine-tuned" else None))
-    parts.append(el.table(f"{words.unit(metric)} with 95 % interval, by run and split",
+    unit = words.unit(metric)
+    parts.append(el.table(f"{unit[0].upper()}{unit[1:]} with 95 % interval, by run and split",
                           ["run", "", *[(name(split), "n") for split in splits]], rows))
   return join(parts) if splits else h("p", "No run has recorded results.", cls="none")
 
@@ -55,14 +59,14 @@ def _compared_pairs(runs):
         rows.append([name(run[0]), name(split), el.word("not measured"), (reason, "long")])
       else:
         judged = words.judge(run[1], difference)
-        shown = {"gained": "better", "lost": "worse", "did not gain": "not told apart"}[judged]
+        shown, tone = _OUTCOMES[judged]
         rows.append([name(run[0]), name(split),
-                     h("span", shown, cls=f"word {el.TONE[judged]}"),
+                     h("span", shown, cls=f"word {tone}"),
                      (f"{el.difference(difference)}, n = {difference['n']:,}", "long")])
   if not rows:
     return h("p", "Nothing to compare.", cls="none")
-  return el.table(f"Fine-tuned model of each run minus that of {first[0]}, over the same rows", None,
-                  rows, "stack")
+  caption = f"Fine-tuned model of each run minus that of {first[0]}, over the same rows"
+  return el.table(caption, None, rows, "stack")
 
 
 def paired(record, other, split):

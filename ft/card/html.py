@@ -31,7 +31,7 @@ def page(record):
             build(record) or h("p", "Not recorded in this run.", cls="none"),
             id=key, aria_labelledby=f"{key}-title") for key, title, build in sections]
   return el.document(record["title"], join([_header(record, links), h("main", body),
-                                          el.footer(record)]))
+                                            el.footer(record)]))
 
 
 def _header(record, links):
@@ -47,7 +47,7 @@ def _header(record, links):
            [h("p", note, cls="note", role="note") for note in record.get("notes") or []], links)
 
 
-# ---- Verdict and results --------------------------------------------------------------------------
+# ---- Verdict and results -------------------------------------------------------------------------
 
 
 def _verdict(record):
@@ -61,8 +61,8 @@ def _verdict(record):
                  (f"over the {words.row_name(baseline)}", ""), (f"n = {row['n']:,}", "none")])
   parts = [h("p", words.conclusion(record), cls="conclusion")]
   if rows:
-    parts.append(el.table("Fine-tuned minus baseline on the same rows, with its 95 % interval", None,
-                        rows, "stack"))
+    caption = "Fine-tuned minus baseline on the same rows, with its 95 % interval"
+    parts.append(el.table(caption, None, rows, "stack"))
   by_weight = sorted((record.get("guards") or {}).items(),
                      key=lambda item: (_WEIGHT.index(item[1]["verdict"]), item[0]))
   found = [[label, el.word(guard["verdict"]), (guard["words"], "long")]
@@ -127,7 +127,7 @@ def _more_metrics(record):
                   ["", *[(words.row_name(row), "n") for row in order]], body)
 
 
-# ---- Learning, errors, calibration ----------------------------------------------------------------
+# ---- Learning, errors, calibration ---------------------------------------------------------------
 
 
 def _learning(record):
@@ -196,8 +196,7 @@ def _matrix(labels, matrix):
   rows = []
   for label, counts in zip(labels, matrix, strict=True):
     total = sum(counts) or 1
-    cells = [h("td", f"{count:,}", cls="hot" if count / total > 0.5 else None,
-               style=f"--s:{count / total:.3f}") for count in counts]
+    cells = [h("td", f"{count:,}", style=f"--s:{count / total:.3f}") for count in counts]
     rows.append(h("tr", h("th", name(label), scope="row"), cells))
   caption = "Test rows by true label (down) and predicted label (across); shade is share of the row"
   head = h("tr", h("th", "true \\ predicted", scope="col", cls="none"),
@@ -242,7 +241,7 @@ def _calibration(record):
                    for label, kind, _ in kinds)
   parts = []
   if tables:
-    caption = [h("b", "Accuracy, %"), " by confidence on test; on the dashed line confidence is true"]
+    caption = [h("b", "Accuracy, %"), " by confidence on test; on the dashed line the two agree"]
     parts.append(h("div", el.figure(caption, charts.reliability(tables, f"Reliability. {said}")),
                    cls="figures"))
   rows = [[label, *[(words.number(kind.get(key), unit), "n") for key, unit in
@@ -252,7 +251,7 @@ def _calibration(record):
   caption = "Calibration on test" + (f"; temperature {temperature:.3f}, fitted on validation"
                                      if words.finite(temperature) else "")
   parts.append(el.table(caption, ["", ("ECE, points", "n"), ("ECE, equal mass", "n"),
-                                ("log-loss", "n"), ("Brier", "n")], rows))
+                                  ("log-loss", "n"), ("Brier", "n")], rows))
   if tables:
     parts.append(el.details("Bins of the plot", [_bins(*table[:2]) for table in tables]))
   return join(parts)
@@ -262,10 +261,10 @@ def _bins(label, table):
   rows = [[(words.number(c, "accuracy"), "n"), (words.number(a, "accuracy"), "n"), (f"{n:,}", "n")]
           for c, a, n in zip(table["confidence"], table["accuracy"], table["count"], strict=True)]
   return el.table(f"Bins of confidence, {label} (per cent)",
-                [("confidence", "n"), ("accuracy", "n"), ("rows", "n")], rows)
+                  [("confidence", "n"), ("accuracy", "n"), ("rows", "n")], rows)
 
 
-# ---- Data, model, cost ----------------------------------------------------------------------------
+# ---- Data, model, cost ---------------------------------------------------------------------------
 
 
 def _data(record):
@@ -307,7 +306,7 @@ def _split_table(splits, known):
                           "n") for split in splits.values()]])
   return join([el.table(f"Rows of each split, {len(labels)} labels", head, rows),
                el.details(f"Rows of each of the {len(labels)} labels",
-                        el.table("Rows by label", head, by_label))])
+                          el.table("Rows by label", head, by_label))])
 
 
 def _trained(record):
@@ -325,8 +324,8 @@ def _trained(record):
   rows = [_trained_row(row) for row in (model.get("table") or [])[:_LONGEST_LIST]]
   table = None
   if rows:
-    table = el.details(f"The {len(model['table']):,} trained parameter arrays",
-                     el.table("Trained parameters", ["path", "shape", ("count", "n")], rows))
+    table = el.details(f"Trained parameter arrays ({len(model['table']):,})",
+                       el.table("Trained parameters", ["path", "shape", ("count", "n")], rows))
   return join([facts, table]) if facts or table else None
 
 
@@ -344,9 +343,9 @@ def _loading(record):
     return None
   parts = [el.facts([(key, f"{len(value):,}" if isinstance(value, (list, dict)) else value)
                    for key, value in report.items()])]
-  parts += [el.details(f"The {len(value):,} {key}",
-                     h("pre", "\n".join(_line(item) for item in list(value)[:_LONGEST_LIST])
-                       + ("\n…" if len(value) > _LONGEST_LIST else "")))
+  parts += [el.details(f"{key} ({len(value):,})",
+                       h("pre", "\n".join(_line(item) for item in list(value)[:_LONGEST_LIST])
+                         + ("\n…" if len(value) > _LONGEST_LIST else "")))
             for key, value in report.items() if isinstance(value, (list, dict)) and value]
   return join(parts)
 
@@ -400,7 +399,7 @@ def _reproduce(record):
     rows = [[h("code", key), (h("code", el.value(value)), "long")]
             for key, value in el.flat(record["config"])]
     parts.append(el.details("Config, defaults included",
-                          el.table("Config", ["key", "value"], rows)))
+                            el.table("Config", ["key", "value"], rows)))
   if record.get("missing"):
     parts.append(el.details("Numbers without a value", el.tree_facts(record["missing"])))
   return join(parts) if parts else None

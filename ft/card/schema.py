@@ -42,7 +42,7 @@ FIELDS = (
     ("best.step", "int", "step whose parameters were kept"),
     ("best.metric", "str", "metric it was chosen by"),
     ("best.value", "number", "its validation value"),
-    ("results.*.*.metrics", "dict!", "split, then majority | probe | … | fine-tuned: metric -> value"),
+    ("results.*.*.metrics", "dict!", "split, then majority | probe | fine-tuned: metric -> value"),
     ("results.*.*.interval", "dict", "metric -> [lo, hi], 95 % bootstrap"),
     ("results.*.*.n", "int!", "rows the metrics are over"),
     ("results.*.*.scores", "str", "0/1 score of every row in order, for paired comparisons"),

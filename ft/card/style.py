@@ -60,24 +60,27 @@ tr.tuned > * { font-weight: 650; } tr.tuned small { font-weight: 400; }
 figure { margin: 0; max-width: 26rem; } figcaption { font-size: .88rem; margin-bottom: .3rem; }
 figcaption b { color: var(--ink); font-weight: 600; }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
-svg text { font-size: 11.5px; fill: var(--ink); } svg .tick { fill: var(--soft); font-size: 10.5px; }
+svg text { font-size: 11.5px; fill: var(--ink); }
+svg .tick { fill: var(--soft); font-size: 10.5px; }
 svg .halo { paint-order: stroke; stroke: var(--paper); stroke-width: 4px; stroke-linejoin: round; }
-svg .mid { text-anchor: middle; } svg .end { text-anchor: end; } svg .row.weak { fill: var(--soft); }
+svg .mid { text-anchor: middle; } svg .end { text-anchor: end; }
+svg .row.weak { fill: var(--soft); }
 svg .row.strong { font-weight: 600; }
-svg .grid { stroke: var(--rule); stroke-width: 1; } svg .mark { stroke: var(--soft); stroke-width: 1;
-  stroke-dasharray: 3 3; }
+svg .grid { stroke: var(--rule); stroke-width: 1; }
+svg .mark { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 3 3; }
 svg .bar { stroke-width: 2; stroke-linecap: round; } svg .bar.strong { stroke: var(--accent);
   stroke-width: 3; } svg .bar.weak { stroke: var(--weak); }
 svg .dot.strong { fill: var(--accent); } svg .dot.weak { fill: var(--weak); }
 svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 svg .line.one { stroke: var(--accent); } svg .line.two { stroke: var(--weak); }
 svg .line.two { stroke-dasharray: 5 3; }
-svg .point.one { fill: var(--accent); } svg .point.two { fill: color-mix(in srgb, var(--weak) 25%, var(--paper)); stroke: var(--weak);
-  stroke-width: 1.5; }
+svg .point.one { fill: var(--accent); }
+svg .point.two { fill: color-mix(in srgb, var(--weak) 25%, var(--paper));
+  stroke: var(--weak); stroke-width: 1.5; }
 .matrix th, .matrix td { padding: .3rem .55rem; border: 0; text-align: right; }
-.matrix td { background: color-mix(in srgb, var(--accent) calc(var(--s) * 85%), var(--panel));
+.matrix td { background: color-mix(in srgb, var(--accent) calc(var(--s) * 45%), var(--panel));
   border: 2px solid var(--paper); min-width: 2.6rem; }
-.matrix td.hot { color: var(--paper); } .matrix tr:last-child td { border: 2px solid var(--paper); }
+.matrix tr:last-child td { border: 2px solid var(--paper); }
 .matrix thead th { font-weight: 500; color: var(--ink); }
 pre, code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace;
   font-size: .85rem; }

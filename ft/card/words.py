@@ -106,7 +106,7 @@ def verdicts(record):
 
 
 def conclusion(record):
-  """The whole verdict in a sentence or two: test first, then the splits grouped by what happened."""
+  """The whole verdict in a sentence or two: test first, then the other splits by outcome."""
   test = headline(record, "test")
   if test[1] is None:
     return "Whether fine-tuning gained anything on test was not measured."

@@ -149,6 +149,10 @@ class Preprocess:
     return (f"image {'x'.join(map(str, pixels.shape))} {pixels.dtype}, mean {pixels.mean():.1f}, "
             f"range {pixels.min()}-{pixels.max()}")
 
+  def read_rows(self, source: str):
+    """Returns rows for prediction; see the function of that name."""
+    return read_rows(source)
+
   def try_it(self, folder) -> str:
     """Returns the command that predicts on images of the user's own with the run in a folder."""
     return f"python scripts/predict.py --run={shlex.quote(str(folder))} --input=IMAGE_OR_FOLDER"

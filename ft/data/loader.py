@@ -11,6 +11,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
+import time
 
 import numpy as np
 from absl import flags, logging
@@ -61,7 +62,7 @@ def prepare(rows, preprocess_fn, *, preprocess=None, drop_policy="count",
 
   kept, cache, lengths, dropped = [], {}, [], []
   shapes = {}  # signature -> [how many, first row]
-  room = cache_bytes
+  room, told = cache_bytes, time.monotonic()
   threads = threads or (
       min(8, os.cpu_count() or 1) if getattr(preprocess, "threaded", False) else 1)
   for i, example in _examples(rows, preprocess_fn, threads):
@@ -78,7 +79,9 @@ def prepare(rows, preprocess_fn, *, preprocess=None, drop_policy="count",
     if room >= 0:
       cache[len(kept)] = example
     kept.append(i)
-    logging.log_every_n_seconds(logging.INFO, "%s: %d of %d rows read", 20, name, i, len(rows))
+    if time.monotonic() - told > 20:
+      told = time.monotonic()
+      logging.info("%s: %d of %d rows read", name, i, len(rows))
 
   named = [f"{_place(rows, i)}: {reason}" for i, reason in dropped[:NAMED_ROWS]]
   if not kept:

@@ -41,7 +41,7 @@ KEYS = {
     "stratify": (True, "whether carved splits keep the shares of the labels"),
     "group": ("", "column whose equal values never straddle splits (patient, customer, author)"),
     "keep_duplicates_together": (True, "whether exact duplicates never straddle carved splits"),
-    "split_seed": (0, "seed of the carving, apart from the run's own seed", (0, 2**31 - 1)),
+    "split_seed": (0, "seed of the carving, apart from the run's own seed", (0, 2147483647)),
     "limit": (0, "most rows a split keeps, for trial runs; 0 for all", (0, None)),
 }
 ROLES = ("text", "text_b", "label", "image", "group", "id")

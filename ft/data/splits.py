@@ -48,7 +48,8 @@ def carve(unit: np.ndarray, labels: Sequence[Hashable] | None, shares: dict[str,
     unit: (N,) int: which rows belong together; see `units`.
     labels: what to stratify by, one per row; None for no strata. A unit counts under its most
       frequent label.
-    shares: part -> share of the rows, the first one taking in what is needed to cover all labels.
+    shares: part -> share of the rows, all > 0; the first one takes in what is needed to cover all
+      labels.
     seed: decides the shuffle.
 
   Returns:
@@ -59,15 +60,16 @@ def carve(unit: np.ndarray, labels: Sequence[Hashable] | None, shares: dict[str,
   for u, rows in enumerate(members):
     strata.setdefault(_majority(labels, rows), []).append(u)
   parts = list(shares)
-  share = np.array([shares[p] for p in parts], float)
-  owed = np.zeros(len(parts))
+  share = [shares[p] for p in parts]
+  owed = [0.0] * len(parts)  # plain numbers: arrays this small are slow
   dealt = {p: [] for p in parts}
   for stratum in sorted(strata):
     rng = np.random.default_rng([seed, zlib.crc32(stratum.encode())])
     for place, u in enumerate(rng.permutation(strata[stratum])):
-      owed += share * len(members[u])
-      to = 0 if place == 0 else int(np.argmax(np.where(share > 0, owed, -np.inf)))
-      owed[to] -= len(members[u])
+      size = len(members[u])
+      owed = [o + s * size for o, s in zip(owed, share, strict=True)]
+      to = 0 if place == 0 else max(range(len(parts)), key=owed.__getitem__)
+      owed[to] -= size
       dealt[parts[to]].extend(members[u])
   return {p: np.sort(np.array(rows, int)) for p, rows in dealt.items()}
 

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import pathlib
+import shlex
 import sys
 import threading
 import types
@@ -98,6 +99,15 @@ class Preprocess:
     ids = np.asarray(example["input_ids"])[np.asarray(example["attention_mask"]) > 0]
     text = self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
     return f"{text} ({len(ids)} tokens)"
+
+  def read_rows(self, source: str) -> Iterator[dict | errors.RowError]:
+    """Yields rows for prediction, with the columns the run was trained with; see `read_rows`."""
+    return read_rows(source, self.columns)
+
+  def try_it(self, folder) -> str:
+    """Returns the command that predicts on text of the user's own with the run in a folder."""
+    run = shlex.quote(str(folder))
+    return f"echo 'Your sentence here.' | python scripts/predict.py --run={run} --input=-"
 
   def spec(self) -> dict:
     """Returns what `from_spec` needs, as JSON; the tokenizer itself is saved with the model."""

@@ -4,9 +4,9 @@ A guard is a module with `KEYS` (its config, `guard.<file>.<key>`) and
 
     measure(config, evidence) -> {"verdict": str, "words": one sentence, "numbers": {…}}
 
-where the verdict is "ok", "warning", "alarm" or "not measured". Guards are found by file name: a new
-one touches no other file. What a guard needs and does not find is "not measured" with the reason; a
-guard never ends a run.
+where the verdict is "ok", "warning", "alarm" or "not measured". Guards are found by file name: a
+new one touches no other file. What a guard needs and does not find is "not measured" with the
+reason; a guard never ends a run.
 """
 
 import collections.abc
@@ -37,6 +37,8 @@ class Evidence:
       row order, with "label" (N,) or (N, C) and, for classifiers, "logits" (N, C).
     score: outputs -> (N,) contribution of each example to the metric.
     metrics: outputs -> dict of metrics.
+    value: outputs -> the selection metric alone; it is resampled where the metric is no mean of
+      scores, and should then be cheap. Without it `metrics` is used.
     extra: names of the splits beyond test that were never trained on, in display order.
     cost: see `ft/guards/cost.py`.
   """
@@ -47,6 +49,7 @@ class Evidence:
   outputs: dict[str, dict[str, dict]] = dataclasses.field(default_factory=dict)
   score: collections.abc.Callable | None = None
   metrics: collections.abc.Callable | None = None
+  value: collections.abc.Callable | None = None
   extra: tuple[str, ...] = ()
   cost: dict = dataclasses.field(default_factory=dict)
 

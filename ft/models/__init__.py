@@ -11,11 +11,11 @@ A family is a file in this folder that gives
 and, where it needs them,
 
     OPTIONAL                path prefixes that a checkpoint may lack; they are then initialised
-    PARTS                   sub-folders of a checkpoint that hold tensors too
+    parts(hf, folder)       sub-folders of a checkpoint whose model.safetensors belongs to it too
     complete(hf, folder)    config.json with what other files of the folder say
     fit(config, shapes)     the config after a look at {our path: shape} of the file's tensors
     prefixed(config)        whether export writes the optional part of names; None: as it was
-    companions(config)      {file name: bytes} that export writes beside the weights; None: drops it
+    companions(config, files)  {file name: bytes} that export writes beside weights and config
     Config.with_dropout(r)  the config with all of its dropout rates set
 """
 
@@ -45,6 +45,8 @@ KEYS = {
   "pooling": ("auto", "what the label head reads; auto: as the checkpoint says",
               ["auto", "cls", "mean", "first"]),
   "dropout": (None, "sets all dropout rates of the model; empty: as the checkpoint says", "float"),
+  "batch_stats": ("frozen", "batch statistics while training: as pretrained, or updated",
+                  ["frozen", "train"]),
   "dtype": ("float32", "dtype of the parameters", ["float32", "bfloat16"]),
   "compute": ("auto", "dtype of computation; auto: float32 on a CPU, bfloat16 elsewhere",
               ["auto", "float32", "bfloat16"]),
@@ -54,7 +56,7 @@ _WEIGHTS = "model.safetensors"
 _COMPANIONS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model",
                "added_tokens.json", "*processor_config.json", "generation_config.json",
                "chat_template*", "modules.json", "sentence_*_config.json",
-               "config_sentence_transformers.json", "[0-9]_*/config.json")
+               "config_sentence_transformers.json", "1_Pooling/config.json")
 _MAX_COMPANION = 100 << 20
 
 
@@ -126,7 +128,7 @@ def inspect(source: str, family: str = "") -> Info:
   hf = entry.get("config") or _read_json(folder / "config.json")
   family = family or entry.get("family", "")
   if family:
-    module = _family(family)
+    module = family_module(family)
   else:
     family, module = _family_of(hf, folder)
   if hasattr(module, "complete"):
@@ -156,8 +158,9 @@ def load(source: str, *, dtype=None, family: str = "", num_labels: int | None = 
     UserError: not found, damaged, or a checkpoint that does not fit; names every mismatch.
   """
   info = inspect(source, family)
-  module = _family(info.family)
-  opened = _open(info.path, getattr(module, "PARTS", ()))
+  module = family_module(info.family)
+  parts = module.parts(info.hf_config, info.folder) if hasattr(module, "parts") else ()
+  opened = _open(info.path, parts)
   config, fresh = _configure(module, info, opened, num_labels, labels, pooling, dropout)
   model = module.Model(config, dtype=compute)
   rng = jax.random.key(0) if rng is None else rng
@@ -229,7 +232,8 @@ def families() -> dict[str, tuple]:
   return found
 
 
-def _family(name: str) -> types.ModuleType:
+def family_module(name: str) -> types.ModuleType:
+  """Returns the module of a family; UserError for a name that no file has."""
   if name not in families():
     raise errors.UserError(f"no model family {name!r}{errors.suggest(name, families())}; "
                            f"there are: {', '.join(families())}")
@@ -240,7 +244,7 @@ def _family_of(hf: dict, folder) -> tuple:
   kind = hf.get("model_type")
   for family, kinds in families().items():
     if kind in kinds:
-      return family, _family(family)
+      return family, family_module(family)
   known = sorted(kind for kinds in families().values() for kind in kinds)
   if kind is None:
     raise errors.UserError(f"{folder} has no config.json with a model_type; name the family in "
@@ -334,7 +338,7 @@ def _companions(folder) -> dict[str, bytes]:
 
 def _write(pretrained, folder, metadata) -> None:
   """Writes weights, config.json and companions into an empty folder."""
-  module, config = _family(pretrained.family), pretrained.config
+  module, config = family_module(pretrained.family), pretrained.config
   prefix = module.prefixed(config) if hasattr(module, "prefixed") else None
   dumped = names.dump_tree(names.flatten(pretrained.variables), module.NAMES, pretrained.layout,
                            config=config, prefix=prefix)
@@ -350,13 +354,13 @@ def _write(pretrained, folder, metadata) -> None:
   floats = [t.dtype for t in parts.get("", {}).values() if jnp.issubdtype(t.dtype, np.floating)]
   widest = max(floats, key=lambda dtype: dtype.itemsize)
   hf.update({key: widest.name for key in ("dtype", "torch_dtype") if key in hf})
-  files = dict(pretrained.files)
-  files.update(module.companions(config) if hasattr(module, "companions") else {})
-  files["config.json"] = (json.dumps(hf, indent=2, sort_keys=True) + "\n").encode()
+  files = pretrained.files
+  if hasattr(module, "companions"):
+    files = module.companions(config, files)
+  (folder / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
   for name, content in files.items():
-    if content is not None:
-      (folder / name).parent.mkdir(parents=True, exist_ok=True)
-      (folder / name).write_bytes(content)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content)
 
 
 def _compare(pretrained, folder) -> None:
@@ -380,7 +384,7 @@ def _compare(pretrained, folder) -> None:
     now[path] = now[path].astype(leaf.dtype)
     if np.asarray(now[path]).tobytes() != np.asarray(leaf).tobytes():
       fail(f"{path} has other values")
-  probe = _family(pretrained.family).probe_inputs(pretrained.config)
+  probe = family_module(pretrained.family).probe_inputs(pretrained.config)
   want = jax.jit(lambda v: pretrained.module.apply(v, **probe))(pretrained.variables)
   got = jax.jit(lambda v: again.module.apply(v, **probe))(names.unflatten(now))
   for name, value in want.items():

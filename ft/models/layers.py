@@ -134,7 +134,10 @@ class LayerNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-  """A table of vectors: ids (...) -> (..., features). Parameter: embedding (size, features)."""
+  """A table of vectors: ids (...) -> (..., features). Parameter: embedding (size, features).
+
+  An id outside the table gives not-a-number: a tokenizer of another model shall not go unnoticed.
+  """
 
   size: int
   features: int
@@ -144,7 +147,7 @@ class Embedding(nn.Module):
   @nn.compact
   def __call__(self, ids):
     table = self.param("embedding", self.embedding_init, (self.size, self.features))
-    return jnp.take(table, ids, axis=0, mode="clip").astype(self.dtype)
+    return jnp.take(table, ids, axis=0, mode="fill").astype(self.dtype)
 
 
 def attention(q, k, v, bias=None, drop: Callable | None = None):

@@ -346,9 +346,9 @@ def probes(features, label, classes: int):
   Args:
     features: (N, D). label: (N,) or multi-hot (N, C). classes: C.
   """
-  features, label = np.asarray(features, np.float64), np.asarray(label)
-  centre = features.mean(axis=0)
-  size = np.sqrt(((features - centre) ** 2).sum(axis=1).mean()) or 1.0
+  features, label = np.asarray(features, np.float32), np.asarray(label)
+  centre = features.mean(axis=0, dtype=np.float64).astype(np.float32)
+  size = np.sqrt(np.square(features - centre).sum(axis=1).mean()) or np.float32(1)
   scaled = (features - centre) / size
   targets = [label] if label.ndim == 1 else [label[:, i] for i in range(classes)]
   models = [_regression(target) for target in targets]
@@ -369,7 +369,7 @@ class _Linear:
     self._kernel, self._bias = kernel / size, bias - centre @ kernel / size
 
   def __call__(self, features):
-    return (np.asarray(features, np.float64) @ self._kernel + self._bias).astype(np.float32)
+    return (np.asarray(features, np.float32) @ self._kernel + self._bias).astype(np.float32)
 
 
 def _regression(target):
@@ -380,7 +380,7 @@ def _regression(target):
   if classes < 2:
     return None
   solver = "newton-cholesky" if classes == 2 else "lbfgs"
-  return linear_model.LogisticRegression(solver=solver, max_iter=300, tol=1e-4, warm_start=True)
+  return linear_model.LogisticRegression(solver=solver, max_iter=300, tol=1e-5, warm_start=True)
 
 
 def _fit(model, features, target, strength: float) -> tuple:
@@ -389,9 +389,11 @@ def _fit(model, features, target, strength: float) -> tuple:
     return np.zeros((features.shape[1], 1)), np.where(target[:1] > 0, 10.0, -10.0)
   import warnings
 
+  import threadpoolctl
   from sklearn import exceptions
 
-  with warnings.catch_warnings():
+  # One thread: on a busy machine threads that wait for each other are ten times slower than one.
+  with warnings.catch_warnings(), threadpoolctl.threadpool_limits(1):
     # The last thousandth of the loss does not move the baseline, and would take most of the time.
     warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
     model.set_params(C=strength).fit(features, target)

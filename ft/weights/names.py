@@ -59,7 +59,7 @@ class Rule:
     theirs: pattern of the upstream tensor's name.
     ours: our path, "params/…" or "batch_stats/…"; empty for a tensor that is no parameter.
     transform: name in TRANSFORMS, or "ignore" | "keep" | "arange" where `ours` is empty.
-    only: "field=value", the configs for which the rule holds; others ignore its tensors.
+    only: "field=value|value", the configs for which the rule holds; others ignore its tensors.
   """
 
   theirs: str
@@ -74,8 +74,8 @@ class Rule:
 
   def holds(self, config) -> bool:
     """Returns whether the rule is in force for this model config."""
-    field, _, value = self.only.partition("=")
-    return not field or str(getattr(config, field)) == value
+    field, _, values = self.only.partition("=")
+    return not field or str(getattr(config, field)) in values.split("|")
 
 
 @dataclasses.dataclass

@@ -5,7 +5,13 @@ import numpy as np
 from ft import guards, stats
 from ft.guards import overfit
 
-INTENTS = ["activate_my_card", "age_limit", "apple_pay_or_google_pay", "atm_support", "automatic_top_up", "balance_not_updated_after_bank_transfer", "beneficiary_not_allowed", "cancel_transfer", "card_about_to_expire", "card_acceptance", "card_arrival", "card_delivery_estimate", "card_linking", "card_not_working", "card_payment_fee_charged", "card_swallowed", "cash_withdrawal_charge", "contactless_not_working", "country_support", "declined_card_payment"]
+INTENTS = (
+    "activate_my_card", "age_limit", "apple_pay_or_google_pay", "atm_support", "automatic_top_up",
+    "balance_not_updated_after_bank_transfer", "beneficiary_not_allowed", "cancel_transfer",
+    "card_about_to_expire", "card_acceptance", "card_arrival", "card_delivery_estimate",
+    "card_linking", "card_not_working", "card_payment_fee_charged", "card_swallowed",
+    "cash_withdrawal_charge", "contactless_not_working", "country_support",
+    "declined_card_payment")
 
 
 def outputs(rate, labels, classes, seed, sharp=1.0):

@@ -68,10 +68,11 @@ def test_predict_from_stdin_and_csv_agree(tiny, run, tmp_path):
     assert answer["confidence"] == pytest.approx(max(answer["probabilities"].values()), abs=1e-6)
 
 
-def test_a_row_that_cannot_be_read_stops_nothing(tiny, run):
+def test_a_row_that_cannot_be_read_stops_nothing(tiny, run, tmp_path):
   folder, _ = run
-  rows = '{"text": "good film"}\n{"text": 3\n{"text": "bad film"}\n'
-  out = script(tiny, "predict", f"--run={folder}", "--input=-", stdin=rows).stdout
+  rows = tmp_path / "rows.jsonl"
+  rows.write_text('{"text": "good film"}\n{"text": 3\n{"text": "bad film"}\n')
+  out = script(tiny, "predict", f"--run={folder}", f"--input={rows}").stdout
   answers = [json.loads(line) for line in out.splitlines()]
   assert ["error" in a for a in answers] == [False, True, False]
 
