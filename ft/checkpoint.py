@@ -174,7 +174,7 @@ def _sync(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _disk_errors(folder: pathlib.Path, unfinished: pathlib.Path | None = None):
-  """Turns a full disk or a missing permission into one clear message; good steps stay as they are."""
+  """Turns a full disk or a missing permission into one message; good steps stay as they are."""
   try:
     yield
   except Exception as error:

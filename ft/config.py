@@ -70,9 +70,9 @@ def _files(section: str, chosen: dict | None):
     if "{" in pattern:
       selector = pattern[pattern.index("{") + 1 : pattern.index("}")]
       for path in sorted(ROOT.glob(pattern.replace("{" + selector + "}", "*"))):
-        if path.stem in NOT_COMPONENTS or (chosen and chosen[f"{section}.{selector}"] != path.stem):
-          continue
-        yield section, path, f"{section}.{selector}={path.stem}"
+        name = f"{section}.{selector}"
+        if path.stem not in NOT_COMPONENTS and (not chosen or chosen[name] == path.stem):
+          yield section, path, f"{name}={path.stem}"
     elif "*" in pattern:
       for path in sorted(ROOT.glob(pattern)):
         if path.stem != "__init__":
@@ -130,10 +130,8 @@ def complete(given: dict):
   for key, (default, _) in SELECTORS.items():
     chosen[key] = given.get(key, default)
     if chosen[key] not in choices(key):
-      near = errors.suggest(str(chosen[key]), choices(key))
-      raise errors.UserError(
-        f"{key}={chosen[key]!r}: there is no such choice{near}; there are: {', '.join(choices(key))}"
-      )
+      near, there = errors.suggest(str(chosen[key]), choices(key)), ", ".join(choices(key))
+      raise errors.UserError(f"{key}={chosen[key]!r}: no such choice{near}; there are: {there}")
   table = schema(chosen)
   for key in given:
     if key not in table:

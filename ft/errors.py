@@ -11,7 +11,7 @@ class UserError(Exception):
 
 
 class TrainingFailed(Exception):
-  """The run itself failed (loss not finite, export not identical); its results are not to be used."""
+  """The run itself failed (loss not finite, export not identical): its results are void."""
 
   exit_status = 3
 

@@ -3,8 +3,6 @@
 import jax
 import numpy as np
 
-from ft import errors, mesh
-
 
 def run(step, state, frozen, loader, place, poll=lambda: None, show=lambda done: None) -> dict:
   """Returns the per-example outputs of a split as host arrays (N, …), in the order of its rows.

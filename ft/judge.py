@@ -28,7 +28,7 @@ def judge(run, source: str, batch: int = 32) -> dict:
   rows = sources.load(config.data).splits["train"]
   predictor = predict.Predictor(run, batch)
   if rows.labels is None:
-    raise errors.UserError(f"{source}: has no labels to compare with; scripts/predict.py needs none")
+    raise errors.UserError(f"{source}: has no labels; scripts/predict.py needs none")
   examples = loaders.prepare(rows, predictor.task.example, preprocess=predictor.preprocess,
                              drop_policy=config.data.drop)
   loader = loaders.Loader(examples, batch, pad=predictor.preprocess.pad,

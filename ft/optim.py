@@ -1,4 +1,4 @@
-"""One optax chain over the trainable tree: clip, update rule, weight decay, rates by leaf, schedule.
+"""One optax chain over the trainable tree: clip, update rule, decay, rates by leaf, schedule.
 
 Every rule takes the same step, p <- p - rate(t) * factor(p) * (update + weight_decay * p), so that
 weight decay is decoupled (Loshchilov & Hutter 2019) and means the same under each of them.
@@ -128,7 +128,7 @@ def make_schedule(config, total_steps: int):
 
 
 def decay_mask(trainable):
-  """Returns a tree of bool: True for leaves with weight decay, that is neither norm, bias nor 1-D."""
+  """Returns a tree of bool: True for leaves that decay, that is neither norm, bias nor 1-D."""
   def decays(path, leaf):
     name = path.rpartition("/")[2]
     return len(leaf.shape) > 1 and name not in ("bias", "scale") and not _NORM.search(path)

@@ -33,7 +33,7 @@ class Preemption:
       signal.signal(number, signal.SIG_DFL)
       os.kill(os.getpid(), number)
     self.requested = signal.Signals(number).name
-    logging.warning("%s: stopping at the next safe point; once more to stop at once", self.requested)
+    logging.warning("%s: stopping at the next safe point; again to stop at once", self.requested)
 
   def poll(self) -> None:
     """Raises Preempted once a signal has come."""

@@ -31,7 +31,9 @@ def export(run, variables: dict, calibration: dict) -> None:
   models.export(tuned, run.folder / "model")
 
 
-def conclude(run, tuned, outputs, baseline, calibration, host, examples, command, writer) -> dict:
+def conclude(
+  run, tuned, outputs, baseline, calibration, host, examples, command, writer
+) -> dict:
   """Builds the record of the run, writes its card and tells the terminal; returns the record.
 
   Args:
@@ -132,7 +134,7 @@ def describe_cost(run, tuned, host: dict) -> dict:
     "trainable": trainable,
     "checkpoint_bytes": newest or None,
     "devices": jax.device_count(),
-    **{f"peak_bytes": v for k, v in logs.peak_memory().items() if k == "device"},
+    "peak_bytes": logs.peak_memory().get("device"),
   }
 
 

@@ -44,7 +44,10 @@ def write(pretrained, folder: pathlib.Path) -> None:
   written = export.export(call)(shapes)
   folder.mkdir(parents=True, exist_ok=True)
   write_atomic(folder / "model.stablehlo", bytes(written.serialize()))
-  described = {k: {"shape": [str(d) for d in s.shape], "dtype": s.dtype.name} for k, s in shapes.items()}
+  described = {
+    key: {"shape": [str(d) for d in spec.shape], "dtype": spec.dtype.name}
+    for key, spec in shapes.items()
+  }
   write_atomic(folder / "inputs.json", json.dumps(described, indent=1))
 
   again = export.deserialize(bytearray((folder / "model.stablehlo").read_bytes()))

@@ -7,7 +7,6 @@ Nothing here knows which modality, model or task runs: those are files that the 
 
 import dataclasses
 import importlib
-import json
 import os
 import pathlib
 import time
@@ -17,7 +16,19 @@ import jax
 import numpy as np
 from absl import logging
 
-from ft import checkpoint, errors, evaluate, logs, mesh, models, optim, results, state, tune, workdir
+from ft import (
+  checkpoint,
+  errors,
+  evaluate,
+  logs,
+  mesh,
+  models,
+  optim,
+  results,
+  state,
+  tune,
+  workdir,
+)
 from ft.data import loader as loaders
 from ft.data import sources
 from ft.preempt import Preemption
@@ -324,7 +335,7 @@ class Loop:
       logging.warning("step %d: loss %s is not finite; step skipped", number, values["loss"])
     if values["bad"] >= c.bad_steps:
       raise errors.TrainingFailed(
-        f"loss or gradient not finite in {values['bad']} steps in a row, the last one step {number} "
+        f"loss or gradient not finite in {values['bad']} steps in a row, the last of them {number} "
         f"with rows {index[index >= 0].tolist()} of train; try a lower optim.rate"
       )
     rate = float(self.schedule(number))
@@ -332,10 +343,12 @@ class Loop:
     if (number + 1) % c.log_every == 0:
       now, (began, first) = time.monotonic(), self.since
       seconds = (now - began) / (number + 1 - first)
-      line = {f"train/{k}": float(v) for k, v in values.items() if k not in ("bad", "stop", "weight")}
+      shown = values.keys() - {"bad", "stop", "weight"}
+      line = {f"train/{k}": float(values[k]) for k in sorted(shown)}
       line |= {
         "train/rate": rate, "time/step_seconds": seconds,
-        "time/examples_per_second": c.batch / seconds, "time/data_wait": self.waited / (now - began),
+        "time/examples_per_second": c.batch / seconds,
+        "time/data_wait": self.waited / (now - began),
         **{f"memory/{k}_bytes": v for k, v in logs.peak_memory().items()},
       }
       self.metrics.write(number + 1, line)

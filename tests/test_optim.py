@@ -138,7 +138,8 @@ def test_first_steps_by_hand():
 
 def test_adamw_equals_optax():
   p = jax.tree.map(lambda x: x * 0.3, BERT)
-  ours, schedule = optim.make(config(weight_decay=0.2, clip=0.5, eps=1e-6, betas=(0.8, 0.95)), p, 20)
+  values = {"weight_decay": 0.2, "clip": 0.5, "eps": 1e-6, "betas": (0.8, 0.95)}
+  ours, schedule = optim.make(config(**values), p, 20)
   theirs = optax.chain(
     optax.clip_by_global_norm(0.5),
     optax.adamw(schedule, 0.8, 0.95, 1e-6, weight_decay=0.2, mask=optim.decay_mask(p)))

@@ -29,7 +29,7 @@ KEYS = {
 # What a batch holds beside the model's inputs.
 BOOKKEEPING = ("label", "weight", "index", "stop")
 MIXED = "pixel_values"
-STRENGTHS = (1.0, 10.0, 100.0, 1000.0)  # of the probe: inverse regularisation, chosen on validation
+STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # of the probe: inverse regularisation
 
 
 class Task:

@@ -1,7 +1,7 @@
 """LoRA: frozen linear layers y = x W + b get a trained update, y + s (x A) B, of low rank.
 
-Source: Hu et al., LoRA (2021); the scale alpha/sqrt(r): Kalajdzievski, rsLoRA (2023). A starts as in
-the reference implementation `peft` (Kaiming uniform), B at zero, so training starts at the
+Source: Hu et al., LoRA (2021); the scale alpha/sqrt(r): Kalajdzievski, rsLoRA (2023). A starts as
+in the reference implementation `peft` (Kaiming uniform), B at zero, so training starts at the
 pretrained function. Adapters are a collection of their own that mirrors the module paths:
 adapters/<module>/lora_a (in, r) and lora_b (r, out), with the leading axis of stacked (scanned)
 layers where the kernel has one. W + A B is never formed in training.
@@ -28,6 +28,7 @@ KEYS = {
 
 COLLECTION = "adapters"
 ALL = "all-linear"
+STACK = re.compile(r"(?:^|/)(?:layers|blocks)(?:/|$)")
 
 
 def init(config, variables, rng, head=()) -> tune.Tuned:
@@ -60,7 +61,7 @@ def scaling(config) -> float:
 def layers(variables, head=()) -> dict:
   """Returns {module path: kernel} of the layers below the head that have a kernel, sorted.
 
-  Kernels are (in, out), (layers, in, out) of a scanned stack, or HWIO of a convolution.
+  Kernels are (in, out), (L, in, out) of a scanned stack, or (h, w, …) of a convolution.
   """
   found = {}
   for path, leaf in tune.flatten(variables).items():
@@ -70,15 +71,21 @@ def layers(variables, head=()) -> dict:
   return found
 
 
-def is_linear(kernel) -> bool:
-  """Whether a kernel is a matrix, a stack of them, or the (1, 1, in, out) of a pointwise conv."""
-  return kernel.ndim in (2, 3) or (kernel.ndim == 4 and kernel.shape[:2] == (1, 1))
+def is_linear(path: str, kernel) -> bool:
+  """Whether a kernel is a matrix, a stack of them, or the (1, 1, in, out) of a pointwise conv.
+
+  Three axes alone do not tell: a depthwise kernel is (k, k, C). Scanned stacks are the modules
+  below a `layers` or `blocks` without number.
+  """
+  if kernel.ndim == 3:
+    return bool(STACK.search(path))
+  return kernel.ndim == 2 or (kernel.ndim == 4 and kernel.shape[:2] == (1, 1))
 
 
 def targets(config, variables, head=()) -> dict:
   """Returns {module path: kernel} of the layers that `config.targets` names."""
   known = layers(variables, head)
-  linear = [path for path, kernel in known.items() if is_linear(kernel)]
+  linear = [path for path, kernel in known.items() if is_linear(path, kernel)]
   chosen = set()
   for target in [config.targets] if isinstance(config.targets, str) else config.targets:
     found = linear if target == ALL else _search(target, known)

@@ -15,7 +15,8 @@ def last_state(run: pathlib.Path) -> list[np.ndarray]:
   made = checkpoint.Checkpoints(run / "checkpoints")
   place = made.path(made.steps()[-1])
   assert not checkpoint.verify(place)
-  return [np.asarray(x) for x in jax.tree.leaves(ocp.StandardCheckpointer().restore(place / "state"))]
+  restored = ocp.StandardCheckpointer().restore(place / "state")
+  return [np.asarray(leaf) for leaf in jax.tree.leaves(restored)]
 
 
 def metrics(run: pathlib.Path) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Wrong input: one clear message that says what, where and what would be right; nothing half-written."""
+"""Wrong input: one message with what, where and what would be right; nothing half-written."""
 
 import hashlib
 import json
@@ -154,8 +154,8 @@ def test_missing_extra_is_named():
 
 def test_a_run_that_diverges_exits_3(tiny, tmp_path):
   done = tiny.train(
-    tmp_path / "run", "--config.optim.rate=1e30", "--config.optim.clip=0", "--config.optim.warmup=0",
-    "--config.train.steps=60", status=3,
+    tmp_path / "run", "--config.optim.rate=1e30", "--config.optim.clip=0",
+    "--config.optim.warmup=0", "--config.train.steps=60", status=3,
   )
   assert "not finite" in done.stderr and "rows [" in done.stderr and "Traceback" not in done.stderr
   assert not (tmp_path / "run" / "card.json").exists()

@@ -1,4 +1,4 @@
-"""One code path for one device, eight, and two processes: same batches, same dropout, same losses."""
+"""One code path for one device, eight, and two processes: same batches, masks and losses."""
 
 import json
 import socket
@@ -32,7 +32,7 @@ def assert_same(found, alone):
 
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
 def test_eight_devices(tiny, alone, tmp_path, mesh):
-  axes = [f"--config.mesh.{name}={n}" for name, n in zip(("data", "fsdp", "tensor"), mesh)]
+  axes = [f"--config.mesh.{name}={n}" for name, n in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
   tiny.train(tmp_path / "run", *FLAGS, *axes,
              XLA_FLAGS="--xla_force_host_platform_device_count=8")
   assert_same(losses(tmp_path / "run"), alone)

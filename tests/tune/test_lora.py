@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tune_toys as toys
+from tune import toys
 
 from ft import errors, tune
 from ft.tune import lora
@@ -115,7 +115,8 @@ def test_half_precision_keeps_its_dtype():
   assert tune.flatten(trainable)["adapters/encoder/layer_0/key/lora_a"].dtype == jnp.float32
   merged = tuned.merge(tuned.frozen, trainable)
   assert tune.flatten(merged)["params/encoder/layer_0/key/kernel"].dtype == jnp.bfloat16
-  assert jnp.isfinite(toys.forward(module, tuned, tuned.combine(tuned.frozen, trainable), ids)).all()
+  state = tuned.combine(tuned.frozen, trainable)
+  assert jnp.isfinite(toys.forward(module, tuned, state, ids)).all()
 
 
 def test_targets():
@@ -141,15 +142,14 @@ def test_messages():
 
 
 def test_convolutions():
-  kernel = jnp.ones((3, 3, 1, 8))
-  point = jnp.ones((1, 1, 8, 16))
+  kernel, point = jnp.ones((3, 3, 8)), jnp.ones((1, 1, 8, 16))
   variables = {"params": {"depthwise": {"kernel": kernel}, "expand": {"kernel": point}}}
   tuned = toys.init("lora", variables, rank=2, head=())
   assert [row.shape for row in tuned.table] == [(8, 2), (2, 16)]
   trainable = toys.shaken(tuned.trainable)
   merged = tuned.merge(tuned.frozen, trainable)["params"]["expand"]["kernel"]
   assert merged.shape == point.shape and np.any(merged != point)
-  with pytest.raises(errors.UserError, match="depthwise.*3x3x1x8"):
+  with pytest.raises(errors.UserError, match="depthwise.*3x3x8"):
     toys.init("lora", variables, rank=2, targets=("depthwise",), head=())
 
 

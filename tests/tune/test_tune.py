@@ -1,4 +1,4 @@
-"""What every method promises: a split without loss, frozen leaves untouched, nothing paid for them."""
+"""What every method promises: a lossless split, frozen leaves untouched, nothing paid for them."""
 
 import functools
 
@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-import tune_toys as toys
+from tune import toys
 
 from ft import errors, tune
 
@@ -147,7 +147,7 @@ def test_describe():
 
 @functools.cache
 def _measured(method, **values):
-  """(tuned, compiled step, bytes of the optimizer's state) of a 12-layer encoder, few activations."""
+  """(tuned, compiled step, bytes of optimizer state) of 12 layers with few activations."""
   module, variables, _ = toys.make(depth=12, width=64, vocabulary=50)
   ids = jax.random.randint(jax.random.key(1), (2, 4), 0, 50)
   tuned = toys.init(method, variables, **values)
