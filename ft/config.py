@@ -82,7 +82,7 @@ def _files(section: str, chosen: dict | None):
 
 
 def schema(chosen: dict | None = None) -> dict:
-  """Every dotted key -> (default, meaning, domain, selector), of the chosen components or of all."""
+  """Dotted key -> (default, meaning, domain, selector), of the chosen components or of all."""
   table = {key: (*entry, choices(key), "") for key, entry in SELECTORS.items()}
   for section in SECTIONS:
     for prefix, path, selector in _files(section, chosen):

@@ -12,7 +12,7 @@ from ft.guards import overfit
 
 
 def judge(run, source: str, batch: int = 32) -> dict:
-  """Returns {"source", "n", "metrics", "interval", "counts"} of a run's model on every row of a source.
+  """Returns {"source", "n", "metrics", "interval", "counts"} of a run on every row of a source.
 
   Args:
     run: pathlib.Path of the run's folder.

@@ -38,4 +38,4 @@ class Preemption:
   def poll(self) -> None:
     """Raises Preempted once a signal has come."""
     if self.requested:
-      raise errors.Preempted(f"{self.requested} received")
+      raise errors.Preempted(f"{self.requested} received; the same command goes on")

@@ -49,7 +49,8 @@ def conclude(
   }
   evidence = guards.Evidence(
     metric=metric, mode=mode, history=host["history"], outputs=rows, score=run.task.score,
-    metrics=run.task.metrics, value=run.task.value, extra=tuple(s for s in outputs if s not in ("validation", "test")),
+    metrics=run.task.metrics, value=run.task.value,
+    extra=tuple(name for name in outputs if name not in ("validation", "test")),
   )
   resamples = run.config.guard.overfit.resamples
   results = overfit.results(evidence, resamples)
@@ -94,10 +95,12 @@ def describe_data(run, examples: dict) -> dict:
       "labels": run.data.report["labels"].get(name, {}),
       "fingerprint": card.fingerprint(rows[i] for i in range(len(rows))),
     }
-  counts = {}
-  for name, part in examples.items():
-    for key, value in (getattr(part, "report", None) or {}).items():
-      counts[f"{name}/{key}"] = value
+  counts = {
+    f"{name}, {key.replace('_', ' ')}": value
+    for name, part in examples.items()
+    for key, value in (getattr(part, "report", None) or {}).items()
+    if value and key not in ("rows", "used")
+  }
   return {
     "splits": splits, "report": run.data.report, "counts": counts,
     "first_example": run.first_example,

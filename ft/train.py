@@ -148,6 +148,8 @@ def train(config, folder: os.PathLike, command: str = "") -> dict | None:
     }
     run.lap("final evaluation")
     merged = {**tuned.merge(frozen, now.trainable), **now.mutable}
+    if jax.process_count() > 1:  # the writer must hold what it writes
+      merged = jax.jit(lambda tree: tree, out_shardings=mesh.replicated(run.mesh))(merged)
     calibration = run.task.calibrate(outputs["validation"])
     if config.train.export and writer:
       results.export(run, merged, calibration)
@@ -296,7 +298,7 @@ class Loop:
       self.save(now, int(now.step))
       self.checkpoints.finish()
       raise errors.Preempted(
-        f"{stop}; saved at step {int(now.step)} of {self.total}; the same command goes on"
+        f"{stop}; saved at step {int(now.step)} of {self.total}"
       ) from None
     finally:
       batches.close()
@@ -320,7 +322,7 @@ class Loop:
       self.host["compile_seconds"] += time.monotonic() - began
     before, self.pending = self.pending, (number, metrics, index)
     if before and self.flush(before):
-      raise errors.Preempted("a signal to stop received")
+      raise errors.Preempted("a signal was received; the same command goes on")
     return now
 
   def flush(self, pending=None) -> bool:

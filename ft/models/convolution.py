@@ -1,25 +1,26 @@
 """Convolutions and batch normalisation over images in NHWC layout.
 
 XLA's grouped convolution is up to 60 times slower on a CPU than the same sum written as shifted
-products, and its reductions over images and positions are as slow. On a CPU a depthwise convolution
-therefore is a sum of k*k shifted, strided products with a hand-written gradient of the same kind, and
-a 1x1 convolution is one 2-D product. On GPU and TPU the library's convolution is used. Which of the
-two is decided by `jax.default_backend()` when a function is traced; `using` overrides it.
+products, and its reductions of products over images and positions are as slow. On a CPU a depthwise
+convolution therefore is a sum of k*k shifted, strided products with a hand-written gradient of the
+same kind. On GPU and TPU the library's convolution is used. Which of the two is decided by
+`jax.default_backend()` when a function is traced; `using` overrides it. A 1x1 convolution is one
+2-D product everywhere.
 
 Shapes: B images, H and W positions, C channels, k the kernel's height and width.
 """
 
-from collections.abc import Callable
 import contextlib
 import contextvars
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
-from jax import lax
 import jax.numpy as jnp
+from jax import lax
 
 IMPLEMENTATIONS = ("shifted", "library")
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -58,7 +59,8 @@ def same_padding(size, kernel, stride) -> tuple:
 
   The output has ceil(size / stride) positions; the odd pixel of padding comes last.
   """
-  total = [max((-(-n // stride) - 1) * stride + k - n, 0) for n, k in zip(size, kernel, strict=True)]
+  total = [max((-(-n // stride) - 1) * stride + k - n, 0)
+           for n, k in zip(size, kernel, strict=True)]
   return tuple((t // 2, t - t // 2) for t in total)
 
 
@@ -254,7 +256,7 @@ relu6.defvjp(_relu6_forward, _relu6_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _normalise(x, scale, bias, mean, variance, epsilon):
-  """Returns (x - mean) / sqrt(variance + epsilon) * scale + bias, mean and variance being x's own."""
+  """Returns (x - mean) / sqrt(variance + epsilon) * scale + bias; the statistics are x's own."""
   factor = scale * lax.rsqrt(variance + epsilon)
   return (x * factor + (bias - mean * factor)).astype(x.dtype)
 
@@ -294,7 +296,7 @@ class Conv(nn.Module):
     features: output channels.
     size: k.
     stride: of both axes.
-    padding: ((top, bottom), (left, right)), or "SAME" for TensorFlow's rule at the input's own size.
+    padding: ((top, bottom), (left, right)), or "SAME": TensorFlow's rule at the input's own size.
     dtype: of the computation.
     kernel_init: initialiser of the kernel.
   """

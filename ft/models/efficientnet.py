@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ft import errors
-from ft.models import convolution
-from ft.models import layers
+from ft.models import convolution, layers
 from ft.weights.names import Rule
 
 MODALITY = "image"
@@ -86,9 +85,9 @@ class Config:
       i of n has i / n of it (stochastic depth).
     norm_momentum: share of a running statistic that a step keeps.
     norm_epsilon: added to variances.
-    padding: "same" pads by the size that each layer's input has, as TensorFlow does and the reference
-      with image_size=None; "static" as an image of image_size would need, as the reference does
-      otherwise. Equal for images of image_size.
+    padding: "same" pads by the size that each layer's input has, as TensorFlow does, and the
+      reference with image_size=None; "static" as an image of image_size would need, as the
+      reference does otherwise. Equal for images of image_size.
     image_mean, image_std: of the input's channels, in units of 255; for the data side.
     num_labels: C, labels of the classifier; 0 for none.
     labels: their names, if known.
@@ -144,7 +143,7 @@ class Config:
 
   def to_hf(self) -> dict:
     """Returns what config.json holds; `from_hf` gives the same Config back."""
-    hf = {"model_type": MODEL_TYPES[0], "architectures": ["EfficientNetLiteForImageClassification"]}
+    hf = {"model_type": MODEL_TYPES[0]}
     hf.update({key: _plain(getattr(self, field)) for key, field in _HF_KEYS.items()})
     if self.labels:
       hf["id2label"] = {str(i): name for i, name in enumerate(self.labels)}
@@ -152,7 +151,7 @@ class Config:
     return hf
 
   def blocks(self) -> list:
-    """Returns (kernel size, stride, expansion, input features, features, drop rate) of each block."""
+    """Returns (kernel size, stride, expansion, inputs, features, drop rate) of each block."""
     shapes = []
     features = self.stem_features
     for number, (repeats, size, stride, expansion, out) in enumerate(self.stages):
@@ -181,6 +180,12 @@ _HF_KEYS = {
     "image_std": "image_std",
     "num_labels": "num_labels",
 }
+
+
+def complete(hf: dict, folder) -> dict:
+  """Returns config.json with its defaults filled in: checkpoints of this family may have none."""
+  del folder
+  return {**Config.from_hf(hf).to_hf(), **hf}
 
 
 def _like(default, value):
@@ -215,8 +220,9 @@ class Block(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x):
-    size, stride, expansion, inputs, features, drop_rate = self.shape
+  def __call__(self, x, gate=None):
+    """`gate` (B,): what each image's branch is multiplied by; None where none is dropped."""
+    size, stride, expansion, inputs, features, _ = self.shape
     y = x
     if expansion != 1:
       y = convolution.relu6(conv_norm(self.config, "expand", inputs * expansion, self.dtype)(y))
@@ -225,15 +231,8 @@ class Block(nn.Module):
     y = convolution.relu6(convolution.ConvNorm(depthwise, norm(self.config), name="depthwise")(y))
     y = conv_norm(self.config, "project", features, self.dtype)(y)
     if stride == 1 and inputs == features:
-      y = x + self.drop_branch(y, drop_rate)
+      y = x + (y if gate is None else y * gate[:, None, None, None].astype(y.dtype))
     return y
-
-  def drop_branch(self, y, rate: float):
-    """Returns y with whole images zeroed at `rate`, the rest scaled to keep the expectation."""
-    if rate == 0 or not self.has_rng("dropout"):
-      return y
-    keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - rate, (y.shape[0], 1, 1, 1))
-    return jnp.where(keep, y / (1 - rate), 0).astype(y.dtype)
 
 
 def norm(config: Config) -> convolution.BatchNorm:
@@ -279,6 +278,14 @@ class Model(nn.Module):
       edge = -(-edge // stride)
     return paddings
 
+  def _gates(self, batch: int) -> list:
+    """Returns each block's gate (B,), 0 for dropped images, else 1 / (1 - rate); None: no drop."""
+    rates = jnp.array([drop_rate for *_, drop_rate in self.config.blocks()])
+    if not self.config.drop_connect or not self.has_rng("dropout"):
+      return [None] * len(rates)
+    draws = jax.random.uniform(self.make_rng("dropout"), (len(rates), batch))
+    return list(jnp.where(draws < rates[:, None], 0, 1 / (1 - rates[:, None])))
+
   def __call__(self, pixel_values):
     """Applies the model.
 
@@ -291,8 +298,8 @@ class Model(nn.Module):
       config.num_labels > 0, logits (B, C).
     """
     x = convolution.relu6(self.stem(pixel_values.astype(self.dtype)))
-    for block in self.blocks:
-      x = block(x)
+    for block, gate in zip(self.blocks, self._gates(x.shape[0]), strict=True):
+      x = block(x, gate)
     x = convolution.relu6(self.head_conv(x))
     features = x.mean((1, 2))
     outputs = {"last_hidden_state": x, "features": features}

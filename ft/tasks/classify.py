@@ -202,7 +202,8 @@ class Task:
     Args:
       outputs: "logits" (N, C), "label" (N,) or (N, C).
     """
-    logits, label = np.asarray(outputs["logits"], np.float64), np.asarray(outputs["label"])
+    raw, label = np.asarray(outputs["logits"], np.float64), np.asarray(outputs["label"])
+    finite, logits = np.isfinite(raw).all(), np.where(np.isfinite(raw), raw, 0.0)
     probabilities, decisions = self._probabilities(logits), self._decisions(logits)
     found = {
       "accuracy": stats.accuracy(decisions, label),
@@ -212,7 +213,6 @@ class Task:
       "ece": stats.ece(probabilities, label),
       **self._recalls(decisions, label),
     }
-    finite = np.isfinite(logits).all()
     return {key: float(value) if finite else float("nan") for key, value in found.items()}
 
   def _recalls(self, decisions, label) -> dict[str, float]:

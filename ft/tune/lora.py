@@ -14,6 +14,7 @@ import zlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 
 from ft import errors, tune
@@ -42,7 +43,7 @@ def init(config, variables, rng, head=()) -> tune.Tuned:
   check_rank(config.rank, kernels)
   adapters = {}
   for path, kernel in kernels.items():
-    a, b = initial(_key(rng, path), kernel, config.rank)
+    a, b = initial(_generator(rng, path), kernel, config.rank)
     adapters |= {f"{COLLECTION}/{path}/lora_a": a, f"{COLLECTION}/{path}/lora_b": b}
   trained, frozen = tune.split(variables, lambda path: tune.under(path, head))
   scale = scaling(config)
@@ -125,18 +126,22 @@ def check_rank(rank: int, kernels: dict) -> None:
     )
 
 
-def _key(rng, path: str):
-  """A key of this layer alone: adding or removing targets leaves the others' start unchanged."""
-  return jax.random.fold_in(rng, zlib.crc32(path.encode()))
+def _generator(rng, path: str) -> np.random.Generator:
+  """Randomness of this layer alone: adding or removing targets leaves the others' start unchanged.
+
+  Numpy's, as jax would compile a program for every shape there is.
+  """
+  key = rng if rng.dtype == jnp.uint32 else jax.random.key_data(rng)
+  return np.random.default_rng([*np.asarray(key).tolist(), zlib.crc32(path.encode())])
 
 
-def initial(key, kernel, rank: int):
+def initial(generator: np.random.Generator, kernel, rank: int):
   """Returns (A, B) float32 of one layer: A uniform within 1/sqrt(in) as in peft, B zero."""
   stack = kernel.shape[:-2] if kernel.ndim == 3 else ()
   inputs, outputs = kernel.shape[-2:]
   bound = 1 / math.sqrt(inputs)
-  a = jax.random.uniform(key, (*stack, inputs, rank), jnp.float32, -bound, bound)
-  return a, jnp.zeros((*stack, rank, outputs), jnp.float32)
+  a = generator.uniform(-bound, bound, (*stack, inputs, rank)).astype(np.float32)
+  return jnp.asarray(a), jnp.zeros((*stack, rank, outputs), jnp.float32)
 
 
 def merge(variables, scale: float):

@@ -6,9 +6,9 @@ A family's `NAMES` is a list of `Rule`s. Loading reads it forwards, export backw
          "transpose")
 
 Patterns of upstream names know: `{i}`, a number that our path repeats; `[bert.]`, a part that may
-be absent (which of the two it was is remembered for export); `(weight|gamma)`, alternatives, of which
-the first is written for a tensor that was not loaded; `{*}`, any rest (of tensors not used). Names
-of tensors in a sub-folder of the checkpoint start with the folder: `2_Dense/linear.weight`.
+be absent (which of the two it was is remembered for export); `(weight|gamma)`, alternatives, of
+which the first is written for a tensor that was not loaded; `{*}`, any rest (of tensors not used).
+Names of tensors in a sub-folder of the checkpoint start with it: `2_Dense/linear.weight`.
 """
 
 import dataclasses
@@ -46,8 +46,8 @@ TRANSFORMS = {
 }
 
 # What becomes of a tensor that is no parameter of ours (a rule with an empty `ours`):
-# "ignore": dropped, and listed in the report; "keep": a buffer, carried along and written back as it
-# was; "arange": the same, for a buffer that must hold 0, 1, 2, … along its last axis.
+# "ignore": dropped, and listed in the report; "keep": a buffer, carried along and written back as
+# it was; "arange": the same, for a buffer that must hold 0, 1, 2, … along its last axis.
 _SPECIAL = ("ignore", "keep", "arange")
 
 
@@ -411,8 +411,9 @@ def _holds(leaf, dtype) -> bool:
 def _buffer(name, rule, tensor, where) -> np.ndarray:
   """Returns the value of a tensor that is carried along, checked if it is a derived one."""
   value = tensor.read()
-  if rule.transform == "arange":
-    if not np.array_equal(value, np.broadcast_to(np.arange(value.shape[-1]), value.shape)):
-      raise errors.UserError(f"{where}: {name} should count 0, 1, 2, … and does not; "
-                             "a model with other positions is not supported")
+  # Distances from the count along the last axis; a scalar counts to one.
+  wrong = value - np.arange(value.shape[-1] if value.ndim else 1)
+  if rule.transform == "arange" and wrong.any():
+    raise errors.UserError(f"{where}: {name} should count 0, 1, 2, … and does not; "
+                           "a model with other positions is not supported")
   return value

@@ -32,7 +32,8 @@ def assert_same(found, alone):
 
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
 def test_eight_devices(tiny, alone, tmp_path, mesh):
-  axes = [f"--config.mesh.{name}={n}" for name, n in zip(("data", "fsdp", "tensor"), mesh, strict=True)]
+  names = ("data", "fsdp", "tensor")
+  axes = [f"--config.mesh.{name}={n}" for name, n in zip(names, mesh, strict=True)]
   tiny.train(tmp_path / "run", *FLAGS, *axes,
              XLA_FLAGS="--xla_force_host_platform_device_count=8")
   assert_same(losses(tmp_path / "run"), alone)

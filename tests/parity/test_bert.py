@@ -48,6 +48,10 @@ def as_torch(inputs):
   return {key: torch.tensor(value, dtype=torch.long) for key, value in inputs.items()}
 
 
+def run(pretrained, inputs):
+  return jax.jit(pretrained.module.apply)(pretrained.variables, **inputs)
+
+
 def tiny(kind, folder, cls, **extra):
   """Saves a random tiny transformers model with nonzero biases; returns it in evaluation mode."""
   torch.manual_seed(1)
@@ -90,7 +94,7 @@ def test_encoder_equals_transformers(kind, tmp_path):
   assert not pretrained.report.initialised and not pretrained.report.ignored
   inputs = batch(pretrained.config)
   want = reference(**as_torch(inputs))
-  got = pretrained.module.apply(pretrained.variables, **inputs)
+  got = run(pretrained, inputs)
   close(got["last_hidden_state"], want.last_hidden_state.detach())
   close(got["pooler_output"], want.pooler_output.detach())
 
@@ -114,7 +118,7 @@ def test_classifier_equals_transformers(kind, tmp_path):
   inputs = batch(pretrained.config)
   labels = np.array([0, 3, 1])
   want = reference(**as_torch(inputs), labels=torch.tensor(labels))
-  close(pretrained.module.apply(pretrained.variables, **inputs)["logits"], want.logits.detach())
+  close(run(pretrained, inputs)["logits"], want.logits.detach())
 
   def loss(variables):
     logits = pretrained.module.apply(variables, **inputs)["logits"]
@@ -128,7 +132,7 @@ def test_without_mask_and_token_types(tmp_path):
   pretrained = models.load(str(tmp_path))
   ids = batch(pretrained.config)["input_ids"]
   want = reference(input_ids=torch.tensor(ids, dtype=torch.long)).last_hidden_state.detach()
-  close(pretrained.module.apply(pretrained.variables, input_ids=ids)["last_hidden_state"], want)
+  close(run(pretrained, {"input_ids": ids})["last_hidden_state"], want)
 
 
 def test_real_weights_equal_transformers(shared):
@@ -138,7 +142,7 @@ def test_real_weights_equal_transformers(shared):
   pretrained = models.load(MINILM)
   inputs = batch(pretrained.config, length=40)
   want = reference(**as_torch(inputs))
-  got = pretrained.module.apply(pretrained.variables, **inputs)
+  got = run(pretrained, inputs)
   close(got["last_hidden_state"], want.last_hidden_state.detach())
   close(got["pooler_output"], want.pooler_output.detach())
   mask = torch.tensor(inputs["attention_mask"])[..., None]
@@ -180,7 +184,7 @@ def test_transformers_opens_an_exported_classifier(prefix, tmp_path):
   inputs = batch(pretrained.config)
   with torch.no_grad():
     want = model(**as_torch(inputs)).logits
-  close(pretrained.module.apply(pretrained.variables, **inputs)["logits"], want)
+  close(run(pretrained, inputs)["logits"], want)
 
 
 def check_mean_pooled(source, tmp_path):
@@ -197,7 +201,7 @@ def check_mean_pooled(source, tmp_path):
     hidden = model(**as_torch(inputs)).last_hidden_state
     pooled = (hidden * mask).sum(1) / mask.sum(1)
     want = pooled @ dense["linear.weight"].T + dense["linear.bias"]
-  close(pretrained.module.apply(pretrained.variables, **inputs)["logits"], want)
+  close(run(pretrained, inputs)["logits"], want)
 
 
 def test_transformers_opens_a_mean_pooled_export(tmp_path):

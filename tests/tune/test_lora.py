@@ -21,8 +21,8 @@ def test_gradient_is_that_through_merged_weights(scanned, scale):
     logits = module.apply(tuned.merge(tuned.frozen, trainable), ids)["logits"]
     return jnp.sum((logits - jnp.arange(2.0)) ** 2)
 
-  adapted = jax.grad(lambda t: toys.loss(module, tuned, t, tuned.frozen, ids))(trainable)
-  merged = jax.grad(through_merged)(trainable)
+  adapted = jax.jit(jax.grad(lambda t: toys.loss(module, tuned, t, tuned.frozen, ids)))(trainable)
+  merged = jax.jit(jax.grad(through_merged))(trainable)
   for path, leaf in tune.flatten(merged).items():
     assert np.abs(leaf).max() > 0, path
     np.testing.assert_allclose(tune.flatten(adapted)[path], leaf, rtol=1e-4, atol=2e-4)
@@ -36,7 +36,7 @@ def test_scanned_equals_merged_and_stacks():
   assert shapes["adapters/encoder/layers/inner/lora_b"] == (3, 2, 32)
   trainable = toys.shaken(tuned.trainable)
   np.testing.assert_allclose(
-    module.apply(tuned.merge(tuned.frozen, trainable), ids)["logits"],
+    jax.jit(module.apply)(tuned.merge(tuned.frozen, trainable), ids)["logits"],
     toys.forward(module, tuned, tuned.combine(tuned.frozen, trainable), ids), rtol=1e-5, atol=1e-5)
 
 
@@ -44,7 +44,8 @@ def test_starts_at_the_pretrained_function():
   module, variables, ids = toys.make()
   tuned = toys.init("lora", variables, rank=2)
   adapted = toys.forward(module, tuned, tuned.combine(tuned.frozen, tuned.trainable), ids)
-  np.testing.assert_array_equal(adapted, module.apply(variables, ids)["logits"])
+  plain = jax.jit(module.apply)(variables, ids)["logits"]
+  np.testing.assert_array_equal(adapted, plain)
 
 
 def test_initial_values():
@@ -79,7 +80,7 @@ def test_merge_by_formula_and_purity():
 
 
 def test_dropout_only_with_its_stream():
-  module, variables, ids = toys.make()
+  module, variables, ids = toys.make(depth=1)
   tuned = toys.init("lora", variables, rank=2, dropout=0.5)
   state = tuned.combine(tuned.frozen, toys.shaken(tuned.trainable))
   still = toys.init("lora", variables, rank=2)

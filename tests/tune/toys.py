@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import config_dict
 
 from ft import tune
@@ -70,12 +71,8 @@ def make(**fields):
   """Returns (module, variables, ids) with weights large enough that every layer matters."""
   module = Encoder(**fields)
   ids = jax.random.randint(jax.random.key(1), (4, 5), 0, module.vocabulary)
-  variables = module.init(jax.random.key(0), ids)
-  noise = jax.random.key(2)
-  params = jax.tree.map(
-    lambda x: x + 0.2 * jax.random.normal(jax.random.fold_in(noise, x.size), x.shape),
-    variables["params"],
-  )
+  variables = jax.jit(module.init)(jax.random.key(0), ids)
+  params = shaken(variables["params"], seed=2, size=0.2)
   return module, {"params": params, "batch_stats": variables["batch_stats"]}, ids
 
 
@@ -94,8 +91,13 @@ def init(method, variables, head=HEAD, **values):
 
 def forward(module, tuned, variables, ids, **rngs):
   call = tuned.interceptor or (lambda f, args, kwargs, _: f(*args, **kwargs))
-  with nn.intercept_methods(call):
-    return module.apply(variables, ids, rngs=rngs)["logits"]
+
+  @jax.jit
+  def run(variables):
+    with nn.intercept_methods(call):
+      return module.apply(variables, ids, rngs=rngs)["logits"]
+
+  return run(variables)
 
 
 def loss(module, tuned, trainable, frozen, ids):
@@ -106,8 +108,5 @@ def loss(module, tuned, trainable, frozen, ids):
 
 def shaken(tree, seed=4, size=0.1):
   """The tree moved by noise, so that zero-initialised leaves take part."""
-  leaves, structure = jax.tree.flatten(tree)
-  keys = jax.random.split(jax.random.key(seed), len(leaves))
-  moved = [x + size * jax.random.normal(k, x.shape, x.dtype)
-           for x, k in zip(leaves, keys, strict=True)]
-  return jax.tree.unflatten(structure, moved)
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda x: jnp.asarray(x + size * rng.normal(size=x.shape), x.dtype), tree)
