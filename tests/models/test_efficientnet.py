@@ -219,5 +219,5 @@ def test_another_shape_is_named(tmp_path):
   upstream(tmp_path / "a")
   other = dataclasses.replace(TINY, stem_features=16)
   (tmp_path / "a" / "config.json").write_text(json.dumps(other.to_hf()))
-  with pytest.raises(errors.UserError, match="_conv_stem.weight: has"):
+  with pytest.raises(errors.UserError, match="_blocks.0._bn1.bias: has"):
     models.load(str(tmp_path / "a"))
