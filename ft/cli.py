@@ -1,6 +1,7 @@
 """What every script shares: absl flags, `--config.key=value` overrides, exit statuses."""
 
 import logging as standard_logging
+import os
 import pathlib
 import signal
 import sys
@@ -34,7 +35,21 @@ def run(main, description: str, with_config: bool = False):
     except KeyboardInterrupt:
       sys.exit(128 + signal.SIGINT)
 
+  if with_config:
+    _use_huge_pages()
   app.run(guarded, flags_parser=lambda argv: _parse(argv, description, with_config))
+
+
+def _use_huge_pages():
+  """Starts the process over with glibc asking for huge pages, where nobody set it otherwise.
+
+  A training step on a CPU frees and allocates hundreds of MiB; in pages of 4 KiB a fifth of its
+  time went into page faults (MiniLM, batch 64 x 32: 178,000 faults a step, 700 with huge pages).
+  The setting is read once, before Python starts.
+  """
+  if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 def _quiet_logs():

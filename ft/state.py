@@ -58,6 +58,7 @@ def make_train_step(
   combine: Callable,
   tx: optax.GradientTransformation,
   accumulate: int = 1,
+  schedule: Callable = lambda step: 0.0,
 ) -> Callable:
   """Returns jitted step(state, frozen, batch) -> (state, metrics); the state is donated.
 
@@ -68,6 +69,7 @@ def make_train_step(
     tx: the optimizer of the trainable tree.
     accumulate: micro-batches a batch is cut into. Gradients and weights are summed and divided
       once, so that the result does not depend on the cut.
+    schedule: step -> rate, for the log.
 
   A step whose loss or gradient is not finite leaves parameters, statistics and optimizer as they
   were; `metrics["bad"]` counts such steps in a row.
@@ -126,6 +128,7 @@ def make_train_step(
     old = state.replace(step=state.step + 1, bad=state.bad + 1)
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
     metrics = {"loss": mean, "grad_norm": norm, "bad": new.bad, "weight": weight}
+    metrics["rate"] = jnp.asarray(schedule(state.step), jnp.float32)
     metrics |= {key: value / weight for key, value in aux.items()}
     if "stop" in batch:
       metrics["stop"] = jnp.max(batch["stop"])

@@ -131,11 +131,13 @@ def train(config, folder: os.PathLike, command: str = "") -> dict | None:
 
     # The loop.
     apply = state.make_apply(run.pretrained.module, tuned.interceptor)
-    step = state.make_train_step(run.task.loss, apply, tuned.combine, tx, config.train.accumulate)
+    step = state.make_train_step(
+      run.task.loss, apply, tuned.combine, tx, config.train.accumulate, schedule
+    )
     predict = state.make_predict_step(
       run.task.predict, apply, tuned.combine, mesh.replicated(run.mesh)
     )
-    loop = Loop(run, load, frozen, step, predict, schedule, checkpoints, total, preemption)
+    loop = Loop(run, load, frozen, step, predict, checkpoints, total, preemption)
     now, host = loop.go(now, host)
     run.lap("training")
 
@@ -264,7 +266,6 @@ class Loop:
   frozen: object
   step: Callable
   predict: Callable
-  schedule: Callable
   checkpoints: checkpoint.Checkpoints
   total: int
   preemption: Preemption
@@ -340,7 +341,6 @@ class Loop:
         f"loss or gradient not finite in {values['bad']} steps in a row, the last of them {number} "
         f"with rows {index[index >= 0].tolist()} of train; try a lower optim.rate"
       )
-    rate = float(self.schedule(number))
     self.host["examples"] += int((index >= 0).sum()) * jax.process_count()
     if (number + 1) % c.log_every == 0:
       now, (began, first) = time.monotonic(), self.since
@@ -348,7 +348,7 @@ class Loop:
       shown = values.keys() - {"bad", "stop", "weight"}
       line = {f"train/{k}": float(values[k]) for k in sorted(shown)}
       line |= {
-        "train/rate": rate, "time/step_seconds": seconds,
+        "time/step_seconds": seconds,
         "time/examples_per_second": c.batch / seconds,
         "time/data_wait": self.waited / (now - began),
         **{f"memory/{k}_bytes": v for k, v in logs.peak_memory().items()},
@@ -356,7 +356,7 @@ class Loop:
       self.metrics.write(number + 1, line)
       self.since, self.waited = (now, number + 1), 0.0
     speed = c.batch * (number + 1 - self.bar.start) / max(time.monotonic() - self.bar.began, 1e-9)
-    note = f"loss {values['loss']:.4f} rate {rate:.1e} {speed:.0f} examples/s"
+    note = f"loss {values['loss']:.4f} rate {values['rate']:.1e} {speed:.0f} examples/s"
     self.bar.show(number + 1, note)
     return bool(values.get("stop", False))
 

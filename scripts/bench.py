@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from ft import errors
 
@@ -128,8 +128,13 @@ def torch_lite0():
   import efficientnet_lite_pytorch
   import torch
 
+  from ft import models
+
   def make():
     module = efficientnet_lite_pytorch.EfficientNet.from_name("efficientnet-lite0", num_classes=2)
+    weights = torch.load(models.inspect(_LITE0).path, weights_only=True)
+    weights = {name: value for name, value in weights.items() if not name.startswith("_fc.")}
+    module.load_state_dict(weights, strict=False)
     module.train()
     for part in module.modules():
       if isinstance(part, torch.nn.BatchNorm2d):
@@ -159,17 +164,21 @@ def bench_step():
     if row not in STEPS:
       raise errors.UserError(f"--rows={row}: there are {', '.join(STEPS)}"
                              f"{errors.suggest(row, STEPS)}")
+  rows = FLAGS.rows or list(STEPS)
+  memory = {}
+  if FLAGS.memory:
+    # First of all: the kernel counts the peak of the process that started another as its own too.
+    memory = {(row, side): peak_memory(row, side) for row in rows for side in ("ft", "torch")}
   results = []
-  for row in FLAGS.rows or STEPS:
+  for row in rows:
     description, examples, ours, theirs = STEPS[row]
-    # Memory first: a process forked later would share what this one has read.
-    memory = {side: peak_memory(row, side) for side in ("ft", "torch")} if FLAGS.memory else {}
     times = alternate({"ft": ours(), "torch": theirs()}, FLAGS.rounds)
     result = {"row": row, "what": description, "rounds": FLAGS.rounds}
     for side, seconds in times.items():
-      result[side] = {"median_s": statistics.median(seconds), "min_s": min(seconds),
-                      "max_s": max(seconds), "examples_per_s": examples / statistics.median(seconds),
-                      "peak_memory_mib": memory.get(side)}
+      median = statistics.median(seconds)
+      result[side] = {"median_s": median, "min_s": min(seconds), "max_s": max(seconds),
+                      "examples_per_s": examples / median,
+                      "peak_memory_mib": memory.get((row, side))}
     result["ratio"] = result["ft"]["median_s"] / result["torch"]["median_s"]
     results.append(result)
   return results
@@ -231,7 +240,7 @@ def machine():
   from importlib import metadata
 
   versions = {name: metadata.version(name) for name in ("jax", "flax", "torch", "transformers")}
-  return {"cores": len(os.sched_getaffinity(0)), "processor": platform.processor(),
+  return {"cores": len(os.sched_getaffinity(0)), "processor": platform.machine(),
           "python": platform.python_version(), **versions}
 
 
@@ -240,6 +249,7 @@ COMMANDS = {"step": (bench_step, step_table)}
 
 
 def main(argv):
+  logging.set_verbosity(logging.WARNING)
   if argv[1:2] == ["_memory"]:
     measure_memory(*argv[2:])
     return

@@ -319,7 +319,7 @@ class Loader:
       return np.stack(values)
     first = np.asarray(values[0])
     out = np.full((len(values), width, *first.shape[1:]), self._pad[key], first.dtype)
-    for row, value in zip(out, values):
+    for row, value in zip(out, values, strict=True):
       row[:len(value)] = value
     return out
 

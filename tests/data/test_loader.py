@@ -77,7 +77,7 @@ def test_rows_keep_their_own_content_and_index():
   for step in range(batches.steps_per_epoch):
     batch = batches.batch(step)
     for row, index, label, weight in zip(
-        batch["tokens"], batch["index"], batch["label"], batch["weight"]):
+        batch["tokens"], batch["index"], batch["label"], batch["weight"], strict=True):
       if weight:
         n = batches.examples.lengths[index]
         assert (row[:n] == index + 1).all() and (row[n:] == 0).all() and label == index % 3
@@ -88,7 +88,7 @@ def test_index_is_the_row_of_the_split_also_after_drops():
   assert list(examples.indices) == [i for i in range(20) if i not in (0, 5, 6)]
   batch = loader.Loader(examples, 17, pad=PAD, shuffle=False).batch(0)
   assert sorted(batch["index"]) == list(examples.indices)
-  for row, index in zip(batch["tokens"], batch["index"]):
+  for row, index in zip(batch["tokens"], batch["index"], strict=True):
     assert row[0] == index + 1
 
 
@@ -151,7 +151,7 @@ def test_augmentation_depends_on_seed_epoch_and_row_only():
     found = {}
     for i in range(batches.steps_per_epoch):
       batch = batches.batch(epoch * batches.steps_per_epoch + i)
-      found.update({int(k): v for k, v in zip(batch["index"], batch["noise"]) if k >= 0})
+      found.update({int(k): v for k, v in zip(batch["index"], batch["noise"], strict=True) if k >= 0})
     return np.array([found[k] for k in sorted(found)])
 
   base = noise_by_row(_loader(augment=_noise), 1)
@@ -368,7 +368,7 @@ def test_arrays_keep_their_row_index():
   batch = loader.Loader(examples, 4, shuffle=True).batch(0)
   assert sorted(batch["index"]) == [2, 3, 5, 8] and set(batch) == {
       "features", "label", "weight", "index"}
-  for features, label, index in zip(batch["features"], batch["label"], batch["index"]):
+  for features, label, index in zip(batch["features"], batch["label"], batch["index"], strict=True):
     assert examples.indices[label] == index
     np.testing.assert_array_equal(features, arrays["features"][label])
 

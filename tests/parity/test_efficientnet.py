@@ -2,7 +2,7 @@
 
 ReLU6 has corners: where a rounding error moves an activation over one, a gradient changes by far
 more than the error. Gradients are therefore compared on images that have no activation within
-1e-6 of a corner, which small images allow; what the tests use is checked.
+1e-6 of a corner, which small images allow.
 """
 
 import dataclasses
@@ -60,6 +60,18 @@ def distance_to_corners(model, x):
   return min(least)
 
 
+def calm_images(model, batch, height, width):
+  """Returns images that keep every activation away from a corner; `model` stays as it was."""
+  before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+  for seed in range(50):
+    x = images(batch, height, width, seed)
+    distance = distance_to_corners(model, as_torch(x))
+    model.load_state_dict(before)
+    if distance > 1e-6:
+      return x
+  raise AssertionError("every image has an activation near a corner")
+
+
 def compare_gradients(model, module, variables, x, labels, mutable=()):
   """Compares loss, gradients and, where mutable, the new statistics of one step."""
   x_torch = as_torch(x)
@@ -111,8 +123,7 @@ def test_real_weights_gradients(lite0):
   pretrained, _ = lite0
   model = reference.EfficientNet.from_name("efficientnet-lite0", image_size=None)
   model.load_state_dict(torch.load(models.inspect(LITE0).path, weights_only=True))
-  x = images(2, 64, 64)
-  assert distance_to_corners(model.eval(), as_torch(x)) > 1e-6
+  x = calm_images(model.eval(), 2, 64, 64)
   labels = np.array([3, 700])
   assert not compare_gradients(model, pretrained.module, pretrained.variables, x, labels)
 
@@ -142,17 +153,13 @@ def tiny(dynamic):
   (True, 33, 33), (True, 47, 30), (False, 33, 33), (False, 47, 30)])
 def test_tiny_model_at_odd_sizes(dynamic, height, width):
   model, module, variables = tiny(dynamic)
-  x = images(2, height, width, seed=1)
-  assert distance_to_corners(model.eval(), as_torch(x)) > 1e-6
+  x = calm_images(model.eval(), 2, height, width)
   assert not compare_gradients(model, module, variables, x, np.array([0, 5]))
 
 
 def test_training_mode_statistics():
   model, module, variables = tiny(dynamic=True)
-  x = images(4, 33, 33, seed=2)
-  before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-  assert distance_to_corners(model.train(), as_torch(x)) > 1e-6
-  model.load_state_dict(before)
+  x = calm_images(model.train(), 4, 33, 33)
   compared = compare_gradients(model, module, variables, x, np.array([0, 5, 2, 6]),
                                mutable=["batch_stats"])
   assert compared == len(names.flatten(variables["batch_stats"])) > 0
