@@ -21,6 +21,6 @@ def get_config(folder="../shared/data"):
       size=80, resize="squash", crop="pad", crop_pixels=6, flip="h",
     ),
     task=dict(logit_adjustment=1.0),
-    optim=dict(rate=3e-4, head_rate_factor=10.0),
-    train=dict(batch=32, epochs=3.0, eval_every=0.17),
+    optim=dict(rate=5e-4, head_rate_factor=10.0),
+    train=dict(batch=32, epochs=3.0, eval_every=0.334, train_sample=256),
   )

@@ -26,10 +26,10 @@ def get_config():
         editorials=f"{FILES}/nytEditorialSnippets_GroundTruth.txt",
         tweets=f"{FILES}/tweets_GroundTruth.txt",
       ),
-      format="tsv", header=False, names=("id", "rating", "text"),
+      format="tsv", header=False, buckets=(24, 40, 80), names=("id", "rating", "text"),
       columns=dict(text="text"),
       binarize=dict(column="rating", at=0.0, margin=0.5, labels=("negative", "positive")),
     ),
     optim=dict(rate=1e-4, warmup=0.1, schedule="linear"),
-    train=dict(batch=32, epochs=1.0, eval_every=0.25),
+    train=dict(batch=32, epochs=1.0, eval_every=0.334, train_sample=256),
   )

@@ -7,6 +7,7 @@ Nothing here knows which modality, model or task runs: those are files that the 
 
 import dataclasses
 import importlib
+import math
 import os
 import pathlib
 import time
@@ -277,7 +278,7 @@ class Loop:
     self.metrics = logs.Metrics(self.run.folder, host["offset"], first)
     self.bar = logs.Progress("step", self.total, first)
     every = c.eval_every if c.eval_every >= 1 else c.eval_every * self.total
-    every = max(1, round(every)) if every else self.total
+    every = max(1, math.ceil(every - 1e-6)) if every else self.total
     batches = self.load["train"].iterate(first, self.total)
     try:
       for number in range(first, self.total + 1):
