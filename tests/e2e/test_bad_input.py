@@ -72,7 +72,7 @@ def test_text_that_is_not_utf8(tiny, tmp_path):
 def test_all_rows_dropped(tiny, tmp_path):
   said = attempt(
     tiny, tmp_path / "run", csv(tmp_path / "d.csv", LINES),
-    "data.max_length=3", "data.truncation=drop",
+    "data.max_length=4", "data.truncation=drop",
   )
   assert "none of" in said and "d.csv" in said
 
@@ -166,7 +166,8 @@ def test_images_that_cannot_be_used(tmp_path):
 
   from ft.data import image
 
-  c = config.complete({"data.modality": "image", "data.size": 8, "data.max_pixels": 10_000})
+  given = {"data.modality": "image", "data.size": 8, "data.max_pixels": 10_000}
+  c = config.complete({**given, "data.mean": (0.5,) * 3, "data.std": (0.5,) * 3})
   preprocess = image.Preprocess(c.data)
   Image.fromarray(np.zeros((200, 200, 3), np.uint8)).save(tmp_path / "giant.png")
   (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff not an image")

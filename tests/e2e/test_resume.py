@@ -8,7 +8,7 @@ import time
 import pytest
 from e2e.same import assert_same
 
-LONG = ("--config.train.steps=150", "--config.train.eval_every=6", "--config.train.save_every=4",
+LONG = ("--config.train.steps=90", "--config.train.eval_every=6", "--config.train.save_every=4",
         "--config.train.batch=8")
 
 
