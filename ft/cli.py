@@ -15,8 +15,14 @@ FLAGS = flags.FLAGS
 _overrides: list[tuple[str, str]] = []
 
 
-def run(main, description: str, with_config: bool = False):
+def run(main, description: str, with_config: bool = False, words: bool = False):
   """Runs `main(argv)` under absl and turns what ends it into an exit status.
+
+  Args:
+    main: the script; argv[1:] holds the words that are no flags.
+    description: the script's docstring, for --help.
+    with_config: whether `--config.key=value` are overrides of a config.
+    words: whether words that are no flags are allowed.
 
   0 done; 2 the user's input is wrong; 3 training failed; 75 preempted, run me again. The first
   three come with one message on stderr and no traceback; a traceback means a defect in ft.
@@ -35,9 +41,8 @@ def run(main, description: str, with_config: bool = False):
     except KeyboardInterrupt:
       sys.exit(128 + signal.SIGINT)
 
-  if with_config:
-    _use_huge_pages()
-  app.run(guarded, flags_parser=lambda argv: _parse(argv, description, with_config))
+  _use_huge_pages()
+  app.run(guarded, flags_parser=lambda argv: _parse(argv, description, with_config, words))
 
 
 def _use_huge_pages():
@@ -49,7 +54,7 @@ def _use_huge_pages():
   """
   if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    os.execv(sys.executable, [sys.executable, *sys.argv])
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _quiet_logs():
@@ -70,7 +75,7 @@ def config():
   return config_lib.load(FLAGS.config, _overrides)
 
 
-def _parse(argv: list[str], description: str, with_config: bool) -> list[str]:
+def _parse(argv: list[str], description: str, with_config: bool, words: bool) -> list[str]:
   if any(word in ("--help", "-h", "-help", "--helpfull") for word in argv[1:]):
     print(f"{description.strip()}\n\nflags:")
     print(FLAGS.module_help(sys.modules["__main__"]).strip())
@@ -85,11 +90,11 @@ def _parse(argv: list[str], description: str, with_config: bool) -> list[str]:
     key, equals, value = word.partition("=")
     if with_config and key.startswith("--config.") and equals:
       _overrides.append((key.removeprefix("--config."), value))
-    else:
+    elif not words or word.startswith("-"):
       known = [f"--{name}" for name in FLAGS]
       hint = " (write --config.key=value)" if key.startswith("--config.") else ""
       _end("error", f"{word}: no such flag{errors.suggest(key, known)}{hint}; try --help", 2)
-  return rest[:1]
+  return rest[:1] if with_config else rest
 
 
 def _end(kind: str, error, status: int):

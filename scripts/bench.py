@@ -17,9 +17,9 @@ import subprocess
 import sys
 import time
 
-from absl import app, flags, logging
+from absl import flags, logging
 
-from ft import errors
+from ft import cli, errors
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("rows", [], "rows of the table; empty: all of them")
@@ -267,14 +267,5 @@ def main(argv):
     print(f"{table(results)}\n\n{rounds}; {about}")
 
 
-def guarded(argv):
-  """Runs main; the user's mistakes end with one message and status 2."""
-  try:
-    main(argv)
-  except errors.UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(error.exit_status)
-
-
 if __name__ == "__main__":
-  app.run(guarded)
+  cli.run(main, __doc__, words=True)

@@ -5,11 +5,10 @@ r"""Rebuilds a run's card.html from its card.json, or sets several runs side by 
 """
 
 import pathlib
-import sys
 
-from absl import app, flags
+from absl import flags
 
-from ft import card, errors
+from ft import card, cli, errors
 from ft.card import compare, html
 
 _RUN = flags.DEFINE_multi_string("run", [], "folder of a finished run; give it several times")
@@ -40,17 +39,9 @@ def _names(runs):
   return list(runs)
 
 
-def main(argv):
-  """Entry point; exit status 2 with one message where the input is wrong."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected argument {argv[1]!r}")
-  try:
-    print(build(_RUN.value, _OUTPUT.value))
-  except errors.UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return error.exit_status
-  return 0
+def main(_):
+  print(build(_RUN.value, _OUTPUT.value))
 
 
 if __name__ == "__main__":
-  app.run(main)
+  cli.run(main, __doc__)

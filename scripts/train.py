@@ -1,6 +1,6 @@
 """Fine-tunes a pretrained model as a config says; the same command resumes an interrupted run.
 
-    python scripts/train.py --config=configs/quickstart.py --workdir=/tmp/quickstart
+    python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 Exit status: 0 done; 2 the input is wrong; 3 training failed; 75 preempted, run me again.
 """
