@@ -1,7 +1,13 @@
 """Runs a model over a split: every example exactly once, on any number of devices."""
 
+import os
+
 import jax
 import numpy as np
+
+from ft import logs
+
+FEATURES = "features.npz"  # in the folder of a run that is not finished
 
 
 def run(step, state, frozen, loader, place, poll=lambda: None, show=lambda done: None) -> dict:
@@ -46,3 +52,29 @@ def in_order(parts: list[dict], rows: np.ndarray) -> dict:
       f"a metric over part of a split is no metric"
     )
   return result
+
+
+def once(kept, step, state, frozen, loaders: dict, place, poll) -> dict:
+  """Outputs of several splits, kept in a file so that a run that goes on has them already.
+
+  Args:
+    kept: pathlib.Path of the npz file.
+    loaders: split -> Loader with shuffle=False; for the rest see `run`.
+  Returns:
+    split -> dict of arrays (N, …).
+  """
+  if kept.is_file():
+    with np.load(kept) as file:
+      return {
+        name: {key.split("/")[1]: file[key] for key in file.files if key.startswith(name + "/")}
+        for name in loaders
+      }
+  found = {}
+  for name, loader in loaders.items():
+    bar = logs.Progress(f"features of {name}", loader.steps_per_epoch)
+    found[name] = run(step, state, frozen, loader, place, poll, bar.show)
+  if jax.process_index() == 0:
+    unfinished = kept.with_suffix(".saving.npz")
+    np.savez(unfinished, **{f"{n}/{k}": v for n, part in found.items() for k, v in part.items()})
+    os.replace(unfinished, kept)
+  return found

@@ -29,6 +29,7 @@ class Metrics:
 
       self._file = open(folder / "metrics.jsonl", "a+")
       self._file.truncate(offset)
+      self._file.seek(0, os.SEEK_END)  # offset() asks for the position
       self._events = SummaryWriter(str(folder), purge_step=step or None, write_to_disk=True)
 
   def write(self, step: int, values: dict) -> None:

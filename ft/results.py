@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from ft import card, guards, logs, models
+from ft import card, evaluate, guards, logs, models
 from ft import config as config_lib
 from ft.guards import overfit
 
@@ -79,7 +79,7 @@ def conclude(
   }
   if writer:
     card.write(record, run.folder)
-    (run.folder / "features.npz").unlink(missing_ok=True)
+    (run.folder / evaluate.FEATURES).unlink(missing_ok=True)
     logging.info("\n%s", card.summary(record))
     if run.config.train.export:
       logging.info("predict with: %s", run.preprocess.try_it(run.folder))

@@ -128,7 +128,8 @@ def train(config, folder: os.PathLike, command: str = "") -> dict | None:
     checkpoints = checkpoint.Checkpoints(home.path / "checkpoints", config.train.keep)
     now, host = checkpoints.restore_newest(fresh) or (fresh, new_host())
     run.pretrained = dataclasses.replace(run.pretrained, variables=None)
-    run.seconds = host["seconds"] | run.seconds
+    for phase, seconds in host["seconds"].items():  # of the processes before this one
+      run.seconds[phase] = run.seconds.get(phase, 0.0) + seconds
 
     # The loop.
     apply = state.make_apply(run.pretrained.module, tuned.interceptor)
@@ -168,6 +169,11 @@ def prepare(config, folder, poll) -> tuple[Run, dict]:
   grid = mesh.make(config.mesh)
   mesh.check_batch(grid, config.train.batch, config.train.accumulate)
   data = sources.load(config.data)
+  for name in {"train", "validation", "test"} - data.splits.keys():
+    raise errors.UserError(
+      f"data: there is no {name} split; name its source in data.{name}, or leave "
+      f"data.{name}_fraction above 0 to carve it out of train"
+    )
   info = models.inspect(config.model.source, config.model.family)
   if info.modality != config.data.modality:
     raise errors.UserError(
@@ -216,35 +222,17 @@ def make_loaders(run: Run, examples: dict) -> dict:
 
 
 def extract_features(run: Run, examples: dict, frozen, mutable, tuned) -> dict:
-  """What the label head reads of every example before training: split -> arrays (N, …).
-
-  Kept in the run's folder, so that a run that goes on does not compute them again.
-  """
-  kept = run.folder / "features.npz"
-  if kept.is_file():
-    with np.load(kept) as file:
-      return {
-        name: {k.split("/")[1]: file[k] for k in file.files if k.startswith(name + "/")}
-        for name in examples
-      }
+  """What the label head reads of every example before training: split -> arrays (N, …)."""
   untouched = state.State(None, None, tuned.trainable, mutable, None, None)
   apply = state.make_apply(run.pretrained.module, tuned.interceptor)
   step = state.make_predict_step(
     run.task.features, apply, tuned.combine, mesh.replicated(run.mesh)
   )
-  found = {}
-  for name, loader in make_loaders(run, examples).items():
-    if name == "train_sample":
-      continue
-    if name == "train":
-      loader = loader.in_order()
-    bar = logs.Progress(f"features of {name}", loader.steps_per_epoch)
-    found[name] = evaluate.run(step, untouched, frozen, loader, run.place, run.poll, bar.show)
-  if jax.process_index() == 0:
-    unfinished = kept.with_suffix(".saving.npz")
-    np.savez(unfinished, **{f"{n}/{k}": v for n, part in found.items() for k, v in part.items()})
-    os.replace(unfinished, kept)
-  return found
+  load = {name: part.in_order() for name, part in make_loaders(run, examples).items()}
+  load.pop("train_sample", None)
+  return evaluate.once(
+    run.folder / evaluate.FEATURES, step, untouched, frozen, load, run.place, run.poll
+  )
 
 
 def new_host() -> dict:
@@ -390,5 +378,6 @@ class Loop:
     """Starts a checkpoint that a run can go on from exactly."""
     self.flush()
     self.host["offset"] = self.metrics.offset()
-    host = {**self.host, "seconds": dict(self.run.seconds)}
-    self.checkpoints.save(number, now, host)
+    seconds = dict(self.run.seconds)
+    seconds["training"] = seconds.get("training", 0.0) + time.monotonic() - self.run.started
+    self.checkpoints.save(number, now, {**self.host, "seconds": seconds})
