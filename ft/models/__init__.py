@@ -173,7 +173,6 @@ def load(source: str, *, dtype=None, family: str = "", num_labels: int | None = 
       where=f"{info.path} (read as {info.family})")
   leaves.update(_initialise(init, rng, report.initialised, dtype or np.float32, place))
   variables = names.unflatten({path: leaves[path] for path in expected})
-  logging.info("%s: %s", source, report)
   return Pretrained(info.family, model, variables, report, _companions(info.folder), config,
                     info.modality, module.HEAD, layout)
 
@@ -189,8 +188,11 @@ def load_config(config, model_args: dict, rng) -> Pretrained:
   compute = config.compute
   if compute == "auto":
     compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  return load(config.source, family=config.family, pooling=config.pooling, dropout=config.dropout,
-              dtype=jnp.dtype(config.dtype), compute=jnp.dtype(compute), rng=rng, **model_args)
+  loaded = load(config.source, family=config.family, pooling=config.pooling,
+                dropout=config.dropout, dtype=jnp.dtype(config.dtype),
+                compute=jnp.dtype(compute), rng=rng, **model_args)
+  logging.info("%s: %s", config.source, loaded.report)
+  return loaded
 
 
 def export(pretrained: Pretrained, folder, metadata: dict | None = None) -> None:
