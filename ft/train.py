@@ -267,7 +267,7 @@ class Loop:
     self.bar = logs.Progress("step", self.total, first)
     every = c.eval_every if c.eval_every >= 1 else c.eval_every * self.total
     every = max(1, math.ceil(every - 1e-6)) if every else self.total
-    batches = self.load["train"].iterate(first, self.total)
+    batches = self.load["train"].iterate(first, self.total, put=self.put)
     try:
       for number in range(first, self.total + 1):
         last = number == self.total
@@ -300,20 +300,23 @@ class Loop:
     """One step: stop if asked to, take the batch, dispatch, then log the step before."""
     self.run.poll()
     began = time.monotonic()
-    batch = next(batches)
+    index, batch = next(batches)
     waited = time.monotonic() - began
     self.waited, self.host["waited"] = self.waited + waited, self.host["waited"] + waited
-    index = batch["index"]
-    if jax.process_count() > 1:  # every process learns of a signal to any, at the same step
-      batch["stop"] = np.full(len(index), bool(self.preemption.requested))
     began, compiled = time.monotonic(), self.step._cache_size()
-    now, metrics = self.step(now, self.frozen, self.run.place(batch))
+    now, metrics = self.step(now, self.frozen, batch)
     if self.step._cache_size() > compiled:
       self.host["compile_seconds"] += time.monotonic() - began
     before, self.pending = self.pending, (number, metrics, index)
     if before and self.flush(before):
       raise errors.Preempted("a signal was received; the same command goes on")
     return now
+
+  def put(self, batch: dict) -> tuple[np.ndarray, dict]:
+    """A batch's row indices, and the batch on its devices, one step before its turn."""
+    if jax.process_count() > 1:  # every process learns of a signal to any, at the same step
+      batch["stop"] = np.full(len(batch["index"]), bool(self.preemption.requested))
+    return batch["index"], self.run.place(batch)
 
   def flush(self, pending=None) -> bool:
     """Reads a finished step's metrics, checks and logs them; True if a process wants to stop."""
