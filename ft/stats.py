@@ -301,11 +301,14 @@ def fit_temperature(logits, labels, lo=0.05, hi=20.0):
   Golden section over log T; the loss is convex in 1/T, so it has one valley. Multi-hot labels take
   a sigmoid. Accuracy is unchanged by T. Fit on validation rows, never on test.
 
+  Targets are smoothed by 1 / (N + 1), as in Platt (1999): rows that are all right do not prove
+  certainty, and without it one wrong row of test would cost dearly.
+
   Args:
     logits: (N, C). labels: (N,) or multi-hot (N, C).
 
   Returns:
-    T as float; 1.0 without rows. A bound is returned when the rows are separated perfectly.
+    T as float; 1.0 without rows.
   """
   logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
   if len(labels) == 0:
@@ -326,13 +329,15 @@ def fit_temperature(logits, labels, lo=0.05, hi=20.0):
 
 
 def _nll(logits, labels, temperature):
-  """Mean negative log-likelihood at a temperature, from logits: no probability underflows."""
-  scaled = logits / temperature
+  """Mean smoothed negative log-likelihood at a temperature, from logits: nothing underflows."""
+  scaled, smooth = logits / temperature, 1 / (len(labels) + 1)
   if labels.ndim == 2:
-    return float((np.logaddexp(0, scaled) - labels * scaled).mean())
+    targets = labels * (1 - smooth) + smooth / 2
+    return float((np.logaddexp(0, scaled) - targets * scaled).mean())
   peak = scaled.max(axis=1)
   total = np.log(np.exp(scaled - peak[:, None]).sum(axis=1)) + peak
-  return float((total - scaled[np.arange(len(labels)), labels]).mean())
+  target = (1 - smooth) * scaled[np.arange(len(labels)), labels] + smooth * scaled.mean(axis=1)
+  return float((total - target).mean())
 
 
 def _decisions(probs, labels):

@@ -242,12 +242,18 @@ def test_temperature_is_the_minimum(rng):
   logits, labels = _problem(rng, n=300, scale=1.0)
   best = stats.fit_temperature(logits * 3, labels)
   grid = np.exp(np.linspace(np.log(0.05), np.log(20), 4000))
-  losses = [stats.log_loss(stats.softmax(logits * 3 / t), labels) for t in grid]
+  smooth, hot = 1 / 301, np.eye(logits.shape[1])[labels]
+  targets = hot * (1 - smooth) + smooth / logits.shape[1]
+  losses = [-(targets * np.log(stats.softmax(logits * 3 / t))).sum(axis=1).mean() for t in grid]
   assert best == pytest.approx(grid[int(np.argmin(losses))], rel=3e-3)
 
 
-def test_temperature_of_separated_rows_is_the_bound():
-  assert stats.fit_temperature(np.eye(3) * 10, np.arange(3)) == pytest.approx(0.05, rel=1e-3)
+def test_temperature_of_separated_rows_does_not_claim_certainty():
+  labels = np.arange(200) % 3
+  found = stats.fit_temperature(np.eye(3)[labels] * 10, labels)
+  confidence = stats.softmax(np.eye(3) * 10 / found).max()
+  # The smoothed share of the right class: 1 - (2 / 3) / 201.
+  assert confidence == pytest.approx(1 - 2 / 603, abs=1e-4)
 
 
 def test_temperature_multi_label(rng):
