@@ -67,11 +67,11 @@ class Predictor:
       try:
         if isinstance(row, errors.RowError):
           raise row
+        answers[place] = {"id": row["id"]} if "id" in row else {}
         examples.append(self.preprocess(row))
         where.append(place)
-        answers[place] = {"id": row["id"]} if "id" in row else {}
       except errors.RowError as error:
-        answers[place] = {"error": str(error)}
+        answers[place] = {**(answers[place] or {}), "error": str(error)}
     for part in _alike(examples, self.preprocess.pad):
       chosen = loaders.from_examples([examples[i] for i in part], self.preprocess)
       loader = loaders.Loader(
