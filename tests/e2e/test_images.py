@@ -50,7 +50,7 @@ def run(folder, name, **given):
 
 def test_frozen_and_updated_batch_statistics(folder, tiny):
   frozen = run(folder, "frozen")
-  moved = run(folder, "moved", **{"model.batch_stats": "train", "train.accumulate": 2})
+  run(folder, "moved", **{"model.batch_stats": "train", "train.accumulate": 2})
   assert frozen["results"]["test"]["probe"]["metrics"]["accuracy"] > 0.9
 
   def statistics(path):
