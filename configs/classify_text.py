@@ -6,6 +6,19 @@
       --config=configs/classify_text.py:data=spam,tune=lora --config.seed=0
 
 data: banking77 | spam; tune: full | head | freeze | lora; folder: where the data lies.
+
+Measured test accuracy, seeds 0, 1, 2 (mean ± sd), CPU, jax 0.10.2; 5 % of Banking77's training rows
+are validation rows, on which the best of four evaluations and the probe's strength are chosen:
+
+  Banking77, lora   93.74 ± 0.23 (93.47, 93.90, 93.86); seed 0: +1.2 [0.5, 2.0] over its probe
+  Banking77, full   93.08 (seed 0 only); +0.8 [0.0, 1.6] over its probe
+  Banking77, probe  92.24 on the same rows; 92.95 is known for all training rows
+  spam, full        98.18 ± 0.05 (98.21, 98.12, 98.21); seed 0: +0.7 [-0.4, 1.8], no gain shown;
+                    probe 97.49, majority 86.55
+
+LoRA is 0.8 points above the known probe, more than the 0.5 aimed at. Full fine-tuning is not: it
+stayed at 93.1 here, and at 93.2 with rate 2e-4, six epochs and no label smoothing. Smaller rates
+were not tried. Minutes on one core beside another run: lora 8, full 15, spam 4.
 """
 
 

@@ -4,6 +4,16 @@
 
 EfficientNet-Lite0 with ImageNet weights, all of it tuned, images enlarged to 80 pixels.
 folder: where the data lies.
+
+Measured on test (n = 624), seeds 0, 1, 2 (mean ± sd), CPU, jax 0.10.2, 2 to 4 minutes each:
+
+  accuracy  84.46 ± 2.01 (82.53, 86.54, 84.29); probe 80.13, majority 62.50
+  AUROC     .970 ± .004 (.972, .972, .965); probe .939
+  seed 0    +2.4 [-0.3, 4.6] points of accuracy over the probe: not clear of zero
+  recall    pneumonia .99 to 1.00, normal .54 to .66
+
+The normal class is what fails: a tenth of the training rows, more than a third of the test rows;
+logit adjustment (tau 1) is on against it. Rate 3e-4 in place of 5e-4 gave 82.2 on seed 0.
 """
 
 

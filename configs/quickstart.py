@@ -5,6 +5,16 @@
 all-MiniLM-L6-v2 (22.7 M parameters) learns the sign of human sentiment ratings of 10,043 snippets
 of movie reviews (|rating| > 0.5; data of vaderSentiment 3.3.2, Hutto and Gilbert 2014, MIT). Both
 come from the package index on first use. One epoch of full fine-tuning.
+
+Measured, 2 CPU cores, seed 0, 4 min 23 s with compilation, 3.0 GiB (accuracy, 95 % interval):
+
+               test                products   editorials   tweets
+  probe        79.4 [77.5, 81.1]   75.2       74.2         76.7
+  fine-tuned   86.5 [84.9, 88.0]   79.5       78.3         71.4
+  difference   +7.1 [5.4, 8.9]     +4.3       +4.1         -5.3: lost, and the run says so
+
+Another batch order (padded to 32, 64, 128; best of four evaluations) gave test 85.8, tweets 77.9
+against a probe of 76.7: in-domain results are stable, the ones out of domain are not.
 """
 
 ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz/hutto_ICWSM_2014"
