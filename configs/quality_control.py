@@ -5,7 +5,7 @@
 EfficientNet-Lite0 with ImageNet weights on the 2,000 simulated images of package
 conformal-clip-data (MIT). Local defects are patches of 10 to 15 pixels that any resizing erases.
 
-Measured on test (n = 400), seeds 0, 1, 2 (mean ± sd), CPU, jax 0.10.2, 5 to 8 minutes each on one
+Measured on test (n = 400), seeds 0, 1, 2 (mean ± sd), CPU, jax 0.10.2, 4 to 8 minutes each on one
 core:
 
   accuracy  99.75 ± 0.25 (99.75, 99.50, 100.00); probe 78.50, majority 50.00

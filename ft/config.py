@@ -30,7 +30,6 @@ KEYS = {
   "title": ("", "what the run is called on its card"),
   "notes": ((), "sentences that the card repeats, such as limits of the data", "list"),
   "seed": (0, "seed of shuffling, dropout and new parameters", (0, 2147483647)),
-  "card_split": ("test", "the split whose result is the headline of the card"),
 }
 SELECTORS = {
   "data.modality": ("text", "what the model reads: the file in ft/data/"),
