@@ -181,11 +181,6 @@ def write_safetensors(path, tensors: Mapping[str, LazyTensor | np.ndarray], meta
     os.fsync(f.fileno())
 
 
-def read_metadata(path) -> dict[str, str]:
-  """Returns the metadata in a safetensors file's header."""
-  return _header(pathlib.Path(path))[0].get("__metadata__", {})
-
-
 def _open_safetensors(path) -> dict:
   header, start = _header(path)
   header.pop("__metadata__", None)
