@@ -56,32 +56,37 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def shard(mesh: Mesh, shape: tuple) -> NamedSharding:
+  """Where an array of this shape goes: width over `tensor`, the longest other axis over `fsdp`."""
+  spec = [None] * len(shape)
+  if np.prod(shape, dtype=np.int64) >= SMALLEST_SHARDED:
+    if mesh.shape["tensor"] > 1 and shape[-1] % mesh.shape["tensor"] == 0:
+      spec[-1] = "tensor"
+    free = [a for a in range(len(shape)) if not spec[a] and shape[a] % mesh.shape["fsdp"] == 0]
+    if mesh.shape["fsdp"] > 1 and free:
+      spec[max(free, key=lambda axis: shape[axis])] = "fsdp"
+  return NamedSharding(mesh, PartitionSpec(*spec))
+
+
 def shardings(mesh: Mesh, tree):
-  """A NamedSharding for each leaf: width over `tensor`, the longest other axis over `fsdp`."""
-
-  def one(leaf):
-    shape, spec = np.shape(leaf), [None] * np.ndim(leaf)
-    if np.prod(shape, dtype=np.int64) >= SMALLEST_SHARDED:
-      if mesh.shape["tensor"] > 1 and shape[-1] % mesh.shape["tensor"] == 0:
-        spec[-1] = "tensor"
-      free = [a for a in range(len(shape)) if not spec[a] and shape[a] % mesh.shape["fsdp"] == 0]
-      if mesh.shape["fsdp"] > 1 and free:
-        spec[max(free, key=lambda axis: shape[axis])] = "fsdp"
-    return NamedSharding(mesh, PartitionSpec(*spec))
-
-  return jax.tree.map(one, tree)
+  """A NamedSharding for each leaf; see `shard`."""
+  return jax.tree.map(lambda leaf: shard(mesh, np.shape(leaf)), tree)
 
 
 def place(tree, placement):
-  """Puts a tree of host arrays, equal on every process, where its shardings say."""
+  """Puts a tree of arrays, equal on every process, where its shardings say."""
+  return jax.tree.map(place_leaf, tree, placement)
 
-  def one(leaf, sharding):
-    if jax.process_count() == 1:
-      return jax.device_put(leaf, sharding)
-    host = np.asarray(leaf)
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-  return jax.tree.map(one, tree, placement)
+def place_leaf(leaf, sharding):
+  """Puts one array where its sharding says (None: the default device), as a copy of its own."""
+  if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+    return leaf
+  if jax.process_count() == 1 or sharding is None:
+    # Memory shared with numpy could not be donated to a training step.
+    return jax.device_put(leaf, sharding, may_alias=None if isinstance(leaf, jax.Array) else False)
+  host = np.asarray(leaf)
+  return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def place_batch(batch: dict, sharding: NamedSharding) -> dict:

@@ -6,6 +6,7 @@ Nothing here knows which modality, model or task runs: those are files that the 
 """
 
 import dataclasses
+import functools
 import importlib
 import math
 import os
@@ -193,7 +194,10 @@ def prepare(config, folder, poll) -> tuple[Run, dict]:
   first = preprocess.show(examples["train"][0])
   logging.info("first example: %s", first)
   poll()
-  pretrained = models.load_config(config.model, task.model_args, jax.random.PRNGKey(config.seed))
+  pretrained = models.load_config(
+    config.model, task.model_args, jax.random.PRNGKey(config.seed),
+    sharding=functools.partial(mesh.shard, grid),
+  )
   run = Run(config, folder, grid, data, task, preprocess, pretrained, first, poll, started)
   run.lap("data and model")
   return run, examples

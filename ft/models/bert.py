@@ -1,82 +1,129 @@
-"""BERT (Devlin et al. 2018, arXiv:1810.04805), the encoder of many sentence embedding models.
+"""BERT and its kin: RoBERTa, XLM-R, DistilBERT, MiniLM, the ELECTRA encoder.
 
-Follows transformers' `models/bert/modeling_bert.py` (Apache-2.0) in names, defaults and the places
-of dropout; the layout of a mean-pooled export follows sentence-transformers (Apache-2.0).
-Shapes: B batch, T tokens, D hidden size, C labels.
+BERT: Devlin et al. 2018, arXiv:1810.04805; RoBERTa: Liu et al. 2019, arXiv:1907.11692; XLM-R:
+Conneau et al. 2019, arXiv:1911.02116; DistilBERT: Sanh et al. 2019, arXiv:1910.01108; ELECTRA:
+Clark et al. 2020, arXiv:2003.10555; MiniLM, which has BERT's form: Wang et al. 2020,
+arXiv:2002.10957. Follows transformers' `models/{bert,roberta,distilbert,electra}/modeling_*.py`
+(Apache-2.0) in names, defaults and the places of dropout. They differ in how positions are counted,
+in the size of word vectors, and in their heads.
+Shapes: B batch, T tokens, D hidden size, C labels, V words.
 """
 
 import dataclasses
-import json
+import functools
 import pathlib
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from ft import errors
-from ft.models import layers
+from ft.models import attention, base, heads, layers, surgery
 from ft.weights.names import Rule
 
 MODALITY = "text"
-MODEL_TYPES = ("bert",)
-HEAD = ("params/classifier",)
-OPTIONAL = ("params/pooler",)
-POOLINGS = ("cls", "mean", "first")
+MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "distilbert", "electra")
+HEAD = ("params/classifier", "params/pre_classifier")
+OPTIONAL = ("params/pooler", "params/transform", "params/decoder_bias")
+SURGERY = {
+    "vocab_size": surgery.Surgery("vocab_size", ("params/embeddings/word/embedding",
+                                                 "params/decoder_bias")),
+    "depth": surgery.Surgery("num_hidden_layers", ("params/encoder",)),
+}
+_ROBERTA = ("roberta", "xlm-roberta")
+# The activation between the two layers of the label head, where it has two.
+_TWO_LAYERS = {"roberta": "tanh", "xlm-roberta": "tanh", "distilbert": "relu", "electra": "gelu"}
 
-_LAYER, _OURS = "[bert.]encoder.layer.{i}.", "params/encoder/layer_{i}/"
+_BASE, _DISTIL = "[bert.|roberta.|electra.]", "[distilbert.]"
+_OURS = "params/encoder/layer_{i}/"
+_WORDS = "params/embeddings/word/embedding"
+_NOT_DISTIL = "model_type=|bert|roberta|xlm-roberta|electra"
 
 
-def _linear(theirs: str, ours: str, only: str = "") -> list[Rule]:
-  return [Rule(theirs + ".weight", ours + "/kernel", "transpose", only),
-          Rule(theirs + ".bias", ours + "/bias", only=only)]
+def _layer_rules(layer: str, only: str, parts: dict) -> list[Rule]:
+  """Returns the rules of a layer, given what upstream calls its parts."""
+  rules = []
+  for ours, theirs in parts.items():
+    make = heads.norm_rules if ours.endswith("norm") else heads.linear_rules
+    rules += make(layer + theirs, _OURS + ours, only)
+  return rules
 
 
-def _norm(theirs: str, ours: str) -> list[Rule]:
-  # Files converted from TensorFlow say gamma and beta.
-  return [Rule(theirs + ".(weight|gamma)", ours + "/scale"),
-          Rule(theirs + ".(bias|beta)", ours + "/bias")]
+def _embedding_rules(base_name: str, only: str) -> list[Rule]:
+  names = base_name + "embeddings."
+  return [
+      Rule(names + "word_embeddings.weight", _WORDS, only=only),
+      Rule(names + "position_embeddings.weight", "params/embeddings/position/embedding", only=only),
+      *heads.norm_rules(names + "LayerNorm", "params/embeddings/norm", only),
+      Rule(names + "position_ids", transform="arange"),
+  ]
+
+
+def _word_rules(kinds: str, transform: str, norm: str, decoder: str, bias: str) -> list[Rule]:
+  """Returns the rules of a masked-word head, whose decoder files before transformers 5 hold too."""
+  only = f"head=mlm&model_type={kinds}"
+  rules = [*heads.linear_rules(transform, "params/transform/dense", only),
+           *heads.norm_rules(norm, "params/transform/norm", only),
+           Rule(bias, "params/decoder_bias", only=only),
+           Rule(decoder + ".weight", _WORDS, "tied", only)]
+  if bias != decoder + ".bias":
+    rules.append(Rule(decoder + ".bias", "params/decoder_bias", "tied", only))
+  return rules
 
 
 NAMES = [
-    Rule("[bert.]embeddings.word_embeddings.weight", "params/embeddings/word/embedding"),
-    Rule("[bert.]embeddings.position_embeddings.weight", "params/embeddings/position/embedding"),
-    Rule("[bert.]embeddings.token_type_embeddings.weight",
+    *_embedding_rules(_BASE, _NOT_DISTIL),
+    *_embedding_rules(_DISTIL, "model_type=distilbert"),
+    Rule(_BASE + "embeddings.token_type_embeddings.weight",
          "params/embeddings/token_type/embedding"),
-    *_norm("[bert.]embeddings.LayerNorm", "params/embeddings/norm"),
-    Rule("[bert.]embeddings.position_ids", transform="arange"),
-    *_linear(_LAYER + "attention.self.query", _OURS + "attention/query"),
-    *_linear(_LAYER + "attention.self.key", _OURS + "attention/key"),
-    *_linear(_LAYER + "attention.self.value", _OURS + "attention/value"),
-    *_linear(_LAYER + "attention.output.dense", _OURS + "attention/output"),
-    *_norm(_LAYER + "attention.output.LayerNorm", _OURS + "attention/norm"),
-    *_linear(_LAYER + "intermediate.dense", _OURS + "intermediate"),
-    *_linear(_LAYER + "output.dense", _OURS + "output"),
-    *_norm(_LAYER + "output.LayerNorm", _OURS + "norm"),
-    *_linear("[bert.]pooler.dense", "params/pooler"),
-    *_linear("classifier", "params/classifier", "pooling=cls"),
-    *_linear("2_Dense/linear", "params/classifier", "pooling=mean|first"),
-    Rule("cls.{*}", transform="ignore"),  # heads of pre-training: masked words, next sentence
+    Rule(_BASE + "embeddings.token_type_ids", transform="keep"),
+    *heads.linear_rules(_BASE + "embeddings_project", "params/project"),
+    *_layer_rules(_BASE + "encoder.layer.{i}.", _NOT_DISTIL, {
+        "attention/query": "attention.self.query", "attention/key": "attention.self.key",
+        "attention/value": "attention.self.value", "attention/output": "attention.output.dense",
+        "attention/norm": "attention.output.LayerNorm", "intermediate": "intermediate.dense",
+        "output": "output.dense", "norm": "output.LayerNorm"}),
+    *_layer_rules(_DISTIL + "transformer.layer.{i}.", "model_type=distilbert", {
+        "attention/query": "attention.q_lin", "attention/key": "attention.k_lin",
+        "attention/value": "attention.v_lin", "attention/output": "attention.out_lin",
+        "attention/norm": "sa_layer_norm", "intermediate": "ffn.lin1", "output": "ffn.lin2",
+        "norm": "output_layer_norm"}),
+    *heads.linear_rules(_BASE + "pooler.dense", "params/pooler"),
+    *heads.linear_rules("classifier", "params/classifier", "label_head=classifier|pre_classifier"),
+    *heads.linear_rules("pre_classifier", "params/pre_classifier", "label_head=pre_classifier"),
+    *heads.linear_rules("classifier.out_proj", "params/classifier", "label_head=out_proj"),
+    *heads.linear_rules("classifier.dense", "params/pre_classifier", "label_head=out_proj"),
+    *heads.linear_rules("2_Dense/linear", "params/classifier", "label_head=2_Dense"),
+    *_word_rules("|bert", "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm",
+                 "cls.predictions.decoder", "cls.predictions.bias"),
+    *_word_rules("roberta|xlm-roberta", "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder",
+                 "lm_head.bias"),
+    *_word_rules("distilbert", "vocab_transform", "vocab_layer_norm", "vocab_projector",
+                 "vocab_projector.bias"),
+    *_word_rules("electra", "generator_predictions.dense", "generator_predictions.LayerNorm",
+                 "generator_lm_head", "generator_lm_head.bias"),
+    # Other heads of pre-training: next sentence, replaced words.
+    Rule("cls.seq_relationship.(weight|bias)", transform="keep", only="head=mlm"),
+    Rule("cls.{*}", transform="ignore"),
+    Rule("discriminator_predictions.{*}", transform="ignore"),
 ]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(base.HFConfig):
   """The keys of transformers' BertConfig that matter here, and what the label head reads.
 
   Attributes:
-    num_labels: C; 0 for no label head.
-    labels: their names; empty if they have none.
-    pooling: what `features` are: "cls", the pooler's dense layer and tanh on the first token (the
-      first token itself in a model without pooler); "mean", over real tokens; "first", the first
-      token.
+    embedding_size: of word vectors, in ELECTRA; None: hidden_size.
+    pooling: what `features` are: "cls", what the model's own head reads, the pooler's dense layer
+      and tanh on the first token in BERT (the first token itself in a model without pooler) and
+      the first token elsewhere; "mean", over real tokens; "first", the first token.
     pooler: whether the model has the pooler's layer.
-    source: config.json as it was read, JSON; its other keys are given back on export.
   """
 
   vocab_size: int = 30522
   hidden_size: int = 768
+  embedding_size: int | None = None
   num_hidden_layers: int = 12
   num_attention_heads: int = 12
   intermediate_size: int = 3072
@@ -88,61 +135,83 @@ class Config:
   type_vocab_size: int = 2
   layer_norm_eps: float = 1e-12
   initializer_range: float = 0.02
-  num_labels: int = 0
-  labels: tuple = ()
+  pad_token_id: int = 0
   pooling: str = "cls"
   pooler: bool = True
-  source: str = dataclasses.field(default="{}", repr=False, compare=False)
+
+  PREFIXES = {"bert": "Bert", "roberta": "Roberta", "xlm-roberta": "XLMRoberta",
+              "distilbert": "DistilBert", "electra": "Electra"}
+  HEADS = {"none": ("{}Model",), "classify": ("{}ForSequenceClassification",),
+           "tag": ("{}ForTokenClassification",), "mlm": ("{}ForMaskedLM",)}
+  DEFAULTS = {"roberta": {"vocab_size": 50265, "pad_token_id": 1},
+              "xlm-roberta": {"pad_token_id": 1},
+              "distilbert": {"num_hidden_layers": 6, "classifier_dropout": 0.2},
+              "electra": {"embedding_size": 128, "hidden_size": 256, "num_attention_heads": 4,
+                          "intermediate_size": 1024}}
+  ALIASES = {"hidden_size": ("dim",), "num_hidden_layers": ("n_layers",),
+             "num_attention_heads": ("n_heads",), "intermediate_size": ("hidden_dim",),
+             "hidden_act": ("activation",), "hidden_dropout_prob": ("dropout",),
+             "attention_probs_dropout_prob": ("attention_dropout",),
+             "classifier_dropout": ("seq_classif_dropout",)}
+  OURS = ("pooling", "pooler")
 
   @classmethod
-  def from_hf(cls, hf: dict) -> "Config":
-    """Returns the Config of a config.json; UserError for a value that is not supported."""
-    values = {"source": json.dumps({k: v for k, v in hf.items() if k != "pooling"})}
-    for field in dataclasses.fields(cls):
-      if field.name in _UPSTREAM and hf.get(field.name) is not None:
-        value = hf[field.name]
-        kind = float if field.default is None else type(field.default)
-        known = (int, float) if kind is float else kind
-        if isinstance(value, bool) or not isinstance(value, known):
-          raise errors.UserError(f"config.json: {field.name} is {value!r}, "
-                                 f"should be of type {kind.__name__}")
-        values[field.name] = kind(value)
-    values["pooling"] = hf.get("pooling", "cls")
-    values["labels"] = _labels(hf.get("id2label") or {})
-    values["num_labels"] = len(values["labels"])
-    config = cls(**values)
-    config.check(hf)
-    return config
+  def derived(cls, hf: dict, values: dict) -> dict:
+    made = {"pooling": hf.get("pooling", "cls")}
+    if values["model_type"] == "distilbert":
+      made |= {"type_vocab_size": 0, "layer_norm_eps": 1e-12}
+    if values["model_type"] != "electra":
+      made["embedding_size"] = None
+    # A mean-pooled export is a BertModel to transformers; its labels make it a classifier here.
+    labels = base.read_labels(hf.get("id2label") or {})
+    if values["head"] == "none" and labels:
+      made |= {"head": "classify", "labels": labels, "num_labels": len(labels)}
+    return made
+
+  @property
+  def label_head(self) -> str:
+    """Which rules of the name table name the label head; "" for none."""
+    if self.head == "tag":
+      return "classifier"
+    if self.head != "classify":
+      return ""
+    if self.pooling != "cls":
+      return "2_Dense"
+    return {"distilbert": "pre_classifier"}.get(
+        self.model_type, "out_proj" if self.model_type in _TWO_LAYERS else "classifier")
+
+  @property
+  def reads_pooler(self) -> bool:
+    """Whether the model's own features are the pooler's output, where there is one."""
+    return self.pooling == "cls" and self.model_type in ("", "bert")
+
+  @property
+  def positions(self) -> int:
+    """How many tokens a text can have; RoBERTa counts from behind the padding's id."""
+    skipped = self.pad_token_id + 1 if self.model_type in _ROBERTA else 0
+    return self.max_position_embeddings - skipped
 
   def check(self, hf: dict) -> None:
     """Raises UserError for what this family does not compute."""
-    if self.hidden_act not in layers.ACTIVATIONS:
-      raise errors.UserError(f"config.json: hidden_act {self.hidden_act!r} is not known; known "
-                             f"are {', '.join(layers.ACTIVATIONS)}")
-    if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
-      raise errors.UserError(f"config.json: hidden_size {self.hidden_size} is not a multiple of "
-                             f"num_attention_heads {self.num_attention_heads}")
-    if self.pooling not in POOLINGS:
-      raise errors.UserError(f"the checkpoint pools by {self.pooling!r}, which is not supported; "
-                             f"set model.pooling to one of {', '.join(POOLINGS)}")
-    for key, only in (("position_embedding_type", "absolute"), ("is_decoder", False),
-                      ("add_cross_attention", False)):
-      if hf.get(key, only) != only:
-        raise errors.UserError(f"config.json: {key}={hf[key]!r} is not supported, only {only!r}")
+    base.one_of(self, "hidden_act", layers.ACTIVATIONS)
+    base.multiple(self, "hidden_size", "num_attention_heads")
+    heads.check_pooling(self.pooling)
+    base.only(hf, "position_embedding_type", "absolute")
+    base.only(hf, "is_decoder", False)
+    base.only(hf, "add_cross_attention", False)
+    if self.head == "mlm":
+      base.only(hf, "tie_word_embeddings", True)
 
   def to_hf(self) -> dict:
     """Returns what config.json holds; transformers opens it."""
-    hf = json.loads(self.source)
-    hf.update({name: getattr(self, name) for name in _UPSTREAM})
-    hf["model_type"] = MODEL_TYPES[0]
-    for key in ("id2label", "label2id", "num_labels"):
-      hf.pop(key, None)
-    if self.num_labels:
-      labels = self.labels or tuple(f"LABEL_{i}" for i in range(self.num_labels))
-      hf["id2label"] = {str(i): label for i, label in enumerate(labels)}
-      hf["label2id"] = {label: i for i, label in enumerate(labels)}
-      with_head = self.pooling == "cls"
-      hf["architectures"] = ["BertForSequenceClassification" if with_head else "BertModel"]
+    hf = super().to_hf()
+    hf.pop("pooling", None)
+    if self.label_head == "2_Dense":
+      hf["architectures"] = [self.PREFIXES[hf["model_type"]] + "Model"]
+    if self.model_type == "distilbert":  # it knows some of the keys by its own names only
+      for name, (theirs,) in self.ALIASES.items():
+        if name in hf:
+          hf[theirs] = hf.pop(name)
     return hf
 
   def with_dropout(self, rate: float) -> "Config":
@@ -151,151 +220,167 @@ class Config:
                                classifier_dropout=rate)
 
 
-_UPSTREAM = tuple(f.name for f in dataclasses.fields(Config)
-                  if f.name not in ("num_labels", "labels", "pooling", "pooler", "source"))
-
-
-def _labels(id2label: dict) -> tuple:
-  """Returns the names of labels in order; none where they are LABEL_0, LABEL_1, …."""
-  try:
-    labels = tuple(str(id2label[i]) for i in sorted(id2label, key=int))
-  except (ValueError, TypeError, AttributeError):
-    raise errors.UserError("config.json: id2label should map numbers to names") from None
-  generic = all(label == f"LABEL_{i}" for i, label in enumerate(labels))
-  return () if generic else labels
-
-
 class Embeddings(nn.Module):
-  """Sum of word, position and token type vectors, normalised: ids (B, T) -> (B, T, D)."""
+  """Sum of word, token type and position vectors, normalised: ids (B, T) -> (B, T, E)."""
 
   config: Config
-  dtype: Any = jnp.float32
+  compute: layers.Compute = layers.Compute()
 
-  @nn.compact
-  def __call__(self, input_ids, token_type_ids):
+  def setup(self):
     c = self.config
+    init = nn.initializers.normal(c.initializer_range)
+    table = functools.partial(layers.Embedding, features=c.embedding_size or c.hidden_size,
+                              dtype=self.compute.dtype, embedding_init=init)
+    self.word = table(c.vocab_size)
+    if c.type_vocab_size:
+      self.token_type = table(c.type_vocab_size)
+    self.position = table(c.max_position_embeddings)
+    self.norm = layers.LayerNorm(c.layer_norm_eps, self.compute.dtype)
+    self.dropout = layers.Dropout(c.hidden_dropout_prob)
 
-    def table(size, name):
-      init = nn.initializers.normal(c.initializer_range)
-      return layers.Embedding(size, c.hidden_size, self.dtype, init, name=name)
-
-    x = table(c.vocab_size, "word")(input_ids)
-    x = x + table(c.type_vocab_size, "token_type")(token_type_ids)
-    x = x + table(c.max_position_embeddings, "position")(jnp.arange(input_ids.shape[1]))
-    x = layers.LayerNorm(c.layer_norm_eps, self.dtype, name="norm")(x)
-    return layers.Dropout(c.hidden_dropout_prob)(x)
+  def __call__(self, input_ids, token_type_ids, position_ids):
+    c = self.config
+    if position_ids is None and c.model_type in _ROBERTA:  # words are counted, padding is not
+      real = (input_ids != c.pad_token_id).astype(jnp.int32)
+      position_ids = jnp.cumsum(real, axis=1) * real + c.pad_token_id
+    elif position_ids is None:
+      position_ids = jnp.arange(input_ids.shape[1])
+    x = self.word(input_ids)
+    if c.type_vocab_size:
+      kinds = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+      x = x + self.token_type(kinds)
+    return self.dropout(self.norm(x + self.position(position_ids)))
 
 
 class Attention(nn.Module):
-  """Self-attention, residual and norm: x (B, T, D), bias (B, 1, 1, T) -> (B, T, D)."""
+  """Self-attention, residual and norm: x (B, T, D) -> (B, T, D)."""
 
   config: Config
-  dtype: Any = jnp.float32
+  compute: layers.Compute = layers.Compute()
 
   @nn.compact
-  def __call__(self, x, bias):
-    c = self.config
-    qkv = [linear(c, c.hidden_size, self.dtype, name) for name in ("query", "key", "value")]
-    heads = (c.num_attention_heads, c.hidden_size // c.num_attention_heads)
-    q, k, v = (y.reshape(*x.shape[:2], *heads) for y in layers.fused(qkv, x))
-    y = layers.attention(q, k, v, bias, layers.Dropout(c.attention_probs_dropout_prob))
-    y = linear(c, c.hidden_size, self.dtype, "output")(y.reshape(x.shape))
+  def __call__(self, x, mask):
+    c, dtype = self.config, self.compute.dtype
+    qkv = [linear(c, c.hidden_size, dtype, name) for name in ("query", "key", "value")]
+    sizes = (c.num_attention_heads, c.hidden_size // c.num_attention_heads)
+    q, k, v = (y.reshape(*x.shape[:2], *sizes) for y in layers.fused(qkv, x))
+    y = attention.attention(q, k, v, mask, drop=layers.Dropout(c.attention_probs_dropout_prob),
+                            implementation=self.compute.attention)
+    y = linear(c, c.hidden_size, dtype, "output")(y.reshape(x.shape))
     y = layers.Dropout(c.hidden_dropout_prob)(y)
-    return layers.LayerNorm(c.layer_norm_eps, self.dtype, name="norm")(x + y)
+    return layers.LayerNorm(c.layer_norm_eps, self.compute.dtype, name="norm")(x + y)
 
 
 class Layer(nn.Module):
   """Attention and a two-layer network, each with residual and norm after it."""
 
   config: Config
-  dtype: Any = jnp.float32
+  compute: layers.Compute = layers.Compute()
 
   @nn.compact
-  def __call__(self, x, bias):
-    c = self.config
-    x = Attention(c, self.dtype, name="attention")(x, bias)
-    y = linear(c, c.intermediate_size, self.dtype, "intermediate")(x)
-    y = linear(c, c.hidden_size, self.dtype, "output")(layers.ACTIVATIONS[c.hidden_act](y))
+  def __call__(self, x, mask):
+    c, dtype = self.config, self.compute.dtype
+    x = Attention(c, self.compute, name="attention")(x, mask)
+    y = linear(c, c.intermediate_size, dtype, "intermediate")(x)
+    y = linear(c, c.hidden_size, dtype, "output")(layers.ACTIVATIONS[c.hidden_act](y))
     y = layers.Dropout(c.hidden_dropout_prob)(y)
-    return layers.LayerNorm(c.layer_norm_eps, self.dtype, name="norm")(x + y)
+    return layers.LayerNorm(c.layer_norm_eps, self.compute.dtype, name="norm")(x + y)
 
 
 class Encoder(nn.Module):
   """The stack of layers, `layer_0` first."""
 
   config: Config
-  dtype: Any = jnp.float32
+  compute: layers.Compute = layers.Compute()
 
   @nn.compact
-  def __call__(self, x, bias):
-    for i in range(self.config.num_hidden_layers):
-      x = Layer(self.config, self.dtype, name=f"layer_{i}")(x, bias)
-    return x
+  def __call__(self, x, mask):
+    layer = functools.partial(Layer, self.config, self.compute)
+    return layers.run_layers(layer, self.config.num_hidden_layers, self.compute, x, mask)
 
 
 class Model(nn.Module):
   """BERT: token ids -> a dict, see `__call__`. Dropout acts iff apply is given a "dropout" rng."""
 
   config: Config
-  dtype: Any = jnp.float32
+  compute: layers.Compute = layers.Compute()
 
   def setup(self):
-    c = self.config
-    self.embeddings = Embeddings(c, self.dtype)
-    self.encoder = Encoder(c, self.dtype)
+    c, dtype = self.config, self.compute.dtype
+    self.embeddings = Embeddings(c, self.compute)
+    size = c.embedding_size or c.hidden_size
+    if size != c.hidden_size:
+      self.project = linear(c, c.hidden_size, dtype)
+    self.encoder = Encoder(c, self.compute)
     if c.pooler:
-      self.pooler = linear(c, c.hidden_size, self.dtype)
-    rate = c.hidden_dropout_prob if c.classifier_dropout is None else c.classifier_dropout
-    self.dropout = layers.Dropout(rate)
+      self.pooler = linear(c, c.hidden_size, dtype)
+    plain = c.classifier_dropout is None or (c.model_type, c.head) == ("distilbert", "tag")
+    self.dropout = layers.Dropout(c.hidden_dropout_prob if plain else c.classifier_dropout)
+    if c.label_head in ("pre_classifier", "out_proj"):
+      self.pre_classifier = linear(c, c.hidden_size, dtype)
     if c.num_labels:
-      self.classifier = linear(c, c.num_labels, self.dtype)
+      self.classifier = linear(c, c.num_labels, dtype)
+    if c.head == "mlm":
+      act = "gelu" if c.model_type in (*_ROBERTA, "electra") else c.hidden_act
+      self.transform = heads.Transform(size, act, c.layer_norm_eps, self.compute,
+                                       scale=c.initializer_range)
+      self.decoder_bias = self.param("decoder_bias", nn.initializers.zeros, (c.vocab_size,))
 
-  def __call__(self, input_ids, attention_mask=None, token_type_ids=None):
+  def __call__(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None,
+               segment_ids=None):
     """Applies the model.
 
     Args:
-      input_ids: (B, T) int, T up to config.max_position_embeddings.
+      input_ids: (B, T) int, T up to config.positions.
       attention_mask: (B, T), 1 for real tokens and 0 for padding; None: all are real.
-      token_type_ids: (B, T) int; None: all are 0.
+      token_type_ids: (B, T) int; None: all are 0. DistilBERT has no use for them.
+      position_ids: (B, T) int; None: counted as upstream does.
+      segment_ids: (B, T), the number of each token's document in a packed row; None: one document.
 
     Returns:
-      last_hidden_state (B, T, D), pooler_output (B, D) if the model has a pooler, features (B, D)
-      that config.pooling chooses, and logits (B, C) float32 if config.num_labels > 0.
+      last_hidden_state (B, T, D); pooler_output (B, D) if the model has a pooler; features (B, D)
+      that config.pooling chooses, with the head "tag" (B, T, D); logits float32: (B, C) or (B, T, C)
+      if config.num_labels > 0, (B, T, V) with the head "mlm".
 
     Raises:
       UserError: more tokens than the model has positions.
     """
-    length, limit = input_ids.shape[1], self.config.max_position_embeddings
-    if isinstance(length, int) and length > limit:  # it is symbolic while a program is exported
-      raise errors.UserError(f"a text of {length} tokens; the model has {limit} positions")
+    c, length = self.config, input_ids.shape[1]
+    if isinstance(length, int) and length > c.positions:  # it is symbolic in an exported program
+      raise errors.UserError(f"a text of {length} tokens; the model has {c.positions} positions")
     if attention_mask is None:
       attention_mask = jnp.ones_like(input_ids)
-    if token_type_ids is None:
-      token_type_ids = jnp.zeros_like(input_ids)
-    x = self.embeddings(input_ids, token_type_ids)
-    x = self.encoder(x, layers.padding_bias(attention_mask))
+    x = self.embeddings(input_ids, token_type_ids, position_ids)
+    if x.shape[-1] != c.hidden_size:
+      x = self.project(x)
+    x = self.encoder(x, attention.Mask(padding=attention_mask, segments=segment_ids))
     outputs = {"last_hidden_state": x}
-    if self.config.pooler:
+    if c.pooler:
       outputs["pooler_output"] = jnp.tanh(self.pooler(x[:, 0]))
-    outputs["features"] = self._features(outputs, attention_mask)
-    if self.config.num_labels:
+    if c.head == "tag":
+      outputs["features"] = x
+    elif c.pooler and c.reads_pooler:
+      outputs["features"] = outputs["pooler_output"]
+    else:
+      outputs["features"] = heads.pool(x, attention_mask, c.pooling)
+    if c.num_labels:
       outputs["logits"] = self.head(outputs["features"])
+    if c.head == "mlm":
+      outputs["logits"] = self.lm_logits(x)
     return outputs
 
-  def _features(self, outputs, mask):
-    x = outputs["last_hidden_state"]
-    if self.config.pooling == "mean":
-      mask = (mask != 0)[..., None].astype(jnp.float32)
-      total = (x.astype(jnp.float32) * mask).sum(1)
-      return (total / jnp.maximum(mask.sum(1), 1.0)).astype(x.dtype)
-    return outputs["pooler_output"] if self._reads_pooler() else x[:, 0]
-
-  def _reads_pooler(self):
-    return self.config.pooling == "cls" and self.config.pooler
-
   def head(self, features):
-    """Returns the logits (B, C) of features (B, D): dropout and the classifier."""
-    return self.classifier(self.dropout(features)).astype(jnp.float32)
+    """Returns the logits (…, C) float32 of features (…, D): dropout and the classifier."""
+    c, x = self.config, features
+    if c.label_head in ("pre_classifier", "out_proj"):
+      x = x if c.label_head == "pre_classifier" else self.dropout(x)
+      x = layers.ACTIVATIONS[_TWO_LAYERS[c.model_type]](self.pre_classifier(x))
+    return self.classifier(self.dropout(x)).astype(jnp.float32)
+
+  def lm_logits(self, hidden):
+    """Returns scores of words (…, V) float32 of hidden states (…, D), with the head "mlm"."""
+    x = self.transform(hidden)
+    return heads.decode(x, self.embeddings.word, self.decoder_bias, self.compute.dtype)
 
 
 def linear(config, features, dtype, name=None) -> layers.Linear:
@@ -307,79 +392,44 @@ def linear(config, features, dtype, name=None) -> layers.Linear:
 def probe_inputs(config: Config) -> dict:
   """Returns a small fixed batch, with padding, on which an export is compared with its reload."""
   rng = np.random.default_rng(0)
-  shape = (2, min(12, config.max_position_embeddings))
+  shape = (2, min(12, config.positions))
   mask = np.ones(shape, np.int32)
   mask[1, shape[1] // 2:] = 0
-  return {"input_ids": rng.integers(0, config.vocab_size, shape, np.int32),
-          "attention_mask": mask,
-          "token_type_ids": rng.integers(0, config.type_vocab_size, shape, np.int32)}
+  ids = rng.integers(0, config.vocab_size, shape, np.int32)
+  inputs = {"input_ids": np.where(mask, ids, config.pad_token_id).astype(np.int32),
+            "attention_mask": mask}
+  if config.type_vocab_size:
+    inputs["token_type_ids"] = rng.integers(0, config.type_vocab_size, shape, np.int32)
+  return inputs
 
 
 def complete(hf: dict, folder: pathlib.Path) -> dict:
   """Returns config.json's content with the pooling that 1_Pooling/config.json states."""
-  file = folder / "1_Pooling" / "config.json"
-  if not file.is_file():
-    return {**hf, "pooling": "cls"}
-  try:
-    stated = json.loads(file.read_text(encoding="utf-8"))
-    modes = [key.removeprefix("pooling_mode_") for key, on in stated.items()
-             if key.startswith("pooling_mode_") and on is True]
-  except (ValueError, AttributeError) as e:
-    raise errors.UserError(f"{file} is no readable JSON object: {e}") from None
-  known = {"mean_tokens": "mean", "cls_token": "first"}
-  # Another kind of pooling is an error of from_hf, unless the user chooses one.
-  return {**hf, "pooling": known.get(modes[0], modes[0]) if len(modes) == 1 else " + ".join(modes)}
+  return {**hf, "pooling": heads.stated_pooling(folder) or "cls"}
 
 
-def parts(hf: dict, folder: pathlib.Path) -> tuple:
-  """Returns the sub-folders that hold tensors of the model: 2_Dense, if it is a label head."""
-  if not (folder / "2_Dense").is_dir():
-    return ()
-  if "id2label" in hf:
-    return ("2_Dense",)
-  logging.warning("%s/2_Dense is not read: it is no label head (config.json names no labels)",
-                  folder)
-  return ()
+parts = heads.parts
 
 
 def fit(config: Config, shapes: dict) -> Config:
   """Returns the config of a file with these {our path: shape}: without pooler where none is due."""
-  needed = config.pooling == "cls" and config.num_labels > 0
-  return dataclasses.replace(config, pooler=needed or "params/pooler/kernel" in shapes)
+  needed = config.reads_pooler and config.label_head == "classifier" and config.head == "classify"
+  # The classes of transformers with a label head of their own have no pooler beside it.
+  unused = config.label_head not in ("", "2_Dense")
+  stored = "params/pooler/kernel" in shapes and not unused
+  return dataclasses.replace(config, pooler=needed or stored)
 
 
-def prefixed(config: Config) -> bool | None:
-  """Returns whether export writes `bert.`: so does the class that transformers opens it with."""
-  return True if config.num_labels and config.pooling == "cls" else None
+def prefixed(config: Config) -> str | None:
+  """Returns the name of the encoder in export, such as `bert.`, as transformers' class has it."""
+  if config.head == "none" or config.label_head == "2_Dense":
+    return None
+  return {"xlm-roberta": "roberta."}.get(config.model_type, (config.model_type or "bert") + ".")
 
 
 def companions(config: Config, files: dict) -> dict:
-  """Returns the files beside weights and config.json, with those that say how to pool.
-
-  The layout is sentence-transformers': modules.json lists the encoder (this folder), 1_Pooling and,
-  for a label head, 2_Dense, a linear layer without activation.
-  """
-  files = dict(files)
+  """Returns the files beside weights and config.json, with those that say how to pool."""
   if config.pooling == "cls":
-    return {k: v for k, v in files.items() if k not in ("modules.json", "1_Pooling/config.json")}
-  modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
-  if config.num_labels:
-    modules.append(("2_Dense", "Dense"))
-    files["2_Dense/config.json"] = _json({
-        "in_features": config.hidden_size, "out_features": config.num_labels, "bias": True,
-        "activation_function": "torch.nn.modules.linear.Identity"})
-  if config.num_labels or "modules.json" not in files:
-    files["modules.json"] = _json([
-        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
-        for i, (path, name) in enumerate(modules)])
-  files["1_Pooling/config.json"] = _json({
-      "word_embedding_dimension": config.hidden_size,
-      "pooling_mode_cls_token": config.pooling == "first",
-      "pooling_mode_mean_tokens": config.pooling == "mean",
-      "pooling_mode_max_tokens": False,
-      "pooling_mode_mean_sqrt_len_tokens": False})
-  return files
-
-
-def _json(value) -> bytes:
-  return (json.dumps(value, indent=2) + "\n").encode()
+    return heads.without_pooling(files)
+  labels = config.num_labels if config.label_head == "2_Dense" else 0
+  return heads.with_pooling(files, config.hidden_size, config.pooling, labels)

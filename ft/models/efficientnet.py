@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ft import errors
-from ft.models import convolution, layers
+from ft.models import base, convolution, layers
 from ft.weights.names import Rule
 
 MODALITY = "image"
@@ -70,7 +70,7 @@ NAMES = [
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(base.HFConfig):
   """The model's shape. Stem and head keep their width, first and last stage their depth.
 
   Attributes:
@@ -107,7 +107,9 @@ class Config:
   image_mean: tuple = IMAGE_MEAN
   image_std: tuple = IMAGE_STD
   num_labels: int = 1000
-  labels: tuple = ()
+  head: str = "classify"
+
+  HEADS = {"none": (), "classify": ()}
 
   @classmethod
   def variant(cls, name: str, **changes) -> "Config":
@@ -254,18 +256,18 @@ class Model(nn.Module):
   """
 
   config: Config
-  dtype: Any = jnp.float32
+  compute: layers.Compute = layers.Compute()
 
   def setup(self):
     c = self.config
     paddings = self._paddings()
-    self.stem = conv_norm(c, None, c.stem_features, self.dtype, 3, 2, paddings[0])
-    self.blocks = [Block(c, shape, padding, self.dtype)
+    self.stem = conv_norm(c, None, c.stem_features, self.compute.dtype, 3, 2, paddings[0])
+    self.blocks = [Block(c, shape, padding, self.compute.dtype)
                    for shape, padding in zip(c.blocks(), paddings[1:], strict=True)]
-    self.head_conv = conv_norm(c, None, c.head_features, self.dtype)
+    self.head_conv = conv_norm(c, None, c.head_features, self.compute.dtype)
     self.dropout = layers.Dropout(c.dropout)
     if c.num_labels:
-      self.classifier = layers.Linear(c.num_labels, dtype=self.dtype)
+      self.classifier = layers.Linear(c.num_labels, dtype=self.compute.dtype)
 
   def _paddings(self) -> list:
     """Returns the padding of the stem and of each block's depthwise convolution."""
@@ -297,7 +299,7 @@ class Model(nn.Module):
       last_hidden_state (B, H / 32, W / 32, D), features (B, D): its mean over positions, and, if
       config.num_labels > 0, logits (B, C).
     """
-    x = convolution.relu6(self.stem(pixel_values.astype(self.dtype)))
+    x = convolution.relu6(self.stem(pixel_values.astype(self.compute.dtype)))
     for block, gate in zip(self.blocks, self._gates(x.shape[0]), strict=True):
       x = block(x, gate)
     x = convolution.relu6(self.head_conv(x))

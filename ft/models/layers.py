@@ -9,6 +9,7 @@ acts if and only if an rng stream "dropout" was given to `apply`; there are no t
 Shapes: B batch, T and S positions, H heads, D features, N = product of all leading axes.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,28 @@ import jax
 import jax.numpy as jnp
 
 _GOLDEN = 0x9E3779B9
+_REMAT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+  """How a model computes; what it computes is its family's Config.
+
+  Attributes:
+    dtype: of products and activations; norms and softmax use float32.
+    attention: "auto" | "xla" | "cudnn" | "splash", see ft.models.attention.
+    scan: equal layers are stacked into one and run in a loop: compiled once, not once a layer.
+    remat: what the backward pass computes again to save memory, layer by layer: "none" | "dots"
+      (all but the products) | "full" (all).
+  """
+
+  dtype: Any = jnp.float32
+  attention: str = "auto"
+  scan: bool = False
+  remat: str = "none"
 
 
 def product(x, kernel, bias=None, dtype=jnp.float32):
@@ -61,14 +84,15 @@ def fused(modules: Sequence[Linear], x) -> list:
   """Applies several Linear modules to the same x (..., in) as one product.
 
   Returns one output (..., module.features) a module, in order. The parameters stay separate; the
-  concatenation of kernels costs little beside the product it makes larger. All of the modules
-  have a bias or none has.
+  concatenation of kernels costs little beside the product it makes larger. A module without bias
+  among others with one (Whisper's key) is given zeros.
   """
   weights = [module.weights(x.shape[-1]) for module in modules]
   kernel = jnp.concatenate([kernel for kernel, _ in weights], axis=1)
   bias = None
-  if modules[0].use_bias:
-    bias = jnp.concatenate([bias for _, bias in weights])
+  if any(module.use_bias for module in modules):
+    bias = jnp.concatenate([jnp.zeros(kernel.shape[1:], kernel.dtype) if bias is None else bias
+                            for kernel, bias in weights])
   y = product(x, kernel, bias, modules[0].dtype)
   ends = [sum(m.features for m in modules[:i + 1]) for i in range(len(modules) - 1)]
   return [m.adapt(x, part) for m, part in zip(modules, jnp.split(y, ends, axis=-1), strict=True)]
@@ -113,24 +137,44 @@ class Dropout(nn.Module):
     return jnp.where(keep, x * jnp.asarray(1.0 / (1.0 - self.rate), x.dtype), jnp.zeros_like(x))
 
 
+class DropPath(nn.Module):
+  """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): a residual branch, dropped by rows.
+
+  Each row of x (B, ...) is zeroed with probability `rate`, the rest scaled by 1 / (1 - rate). The
+  rate may be traced. The identity where no rng stream "dropout" was passed to apply.
+  """
+
+  rate: Any
+
+  @nn.compact
+  def __call__(self, x):
+    if isinstance(self.rate, (int, float)) and not self.rate or not self.has_rng("dropout"):
+      return x
+    draws = jax.random.uniform(self.make_rng("dropout"), (x.shape[0],) + (1,) * (x.ndim - 1))
+    gate = jnp.where(draws < self.rate, 0.0, 1.0 / (1.0 - self.rate))
+    return x * gate.astype(x.dtype)
+
+
 class LayerNorm(nn.Module):
   """Layer normalisation over the last axis (Ba et al. 2016, arXiv:1607.06450).
 
-  Parameters: scale (D,), bias (D,). Statistics in float32, output in `dtype`.
+  Parameters: scale (D,), bias (D,) with use_bias. Statistics in float32, output in `dtype`.
   """
 
   epsilon: float = 1e-6
   dtype: Any = jnp.float32
+  use_bias: bool = True
 
   @nn.compact
   def __call__(self, x):
     scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-    bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
     x = x.astype(jnp.float32)
     centred = x - x.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
-    y = centred * jax.lax.rsqrt(variance + self.epsilon)
-    return (y * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
+    y = centred * jax.lax.rsqrt(variance + self.epsilon) * scale.astype(jnp.float32)
+    if self.use_bias:
+      y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
+    return y.astype(self.dtype)
 
 
 class Embedding(nn.Module):
@@ -145,35 +189,112 @@ class Embedding(nn.Module):
   embedding_init: Callable = nn.initializers.normal(0.02)
 
   @nn.compact
+  def table(self):
+    """Returns the parameter."""
+    return self.param("embedding", self.embedding_init, (self.size, self.features))
+
   def __call__(self, ids):
-    table = self.param("embedding", self.embedding_init, (self.size, self.features))
-    return jnp.take(table, ids, axis=0, mode="fill").astype(self.dtype)
+    return jnp.take(self.table(), ids, axis=0, mode="fill").astype(self.dtype)
+
+  def attend(self, x):
+    """Returns x (..., features) times the transposed table: (..., size), a tied output layer."""
+    return product(x, self.table().T, dtype=self.dtype)
 
 
-def attention(q, k, v, bias=None, drop: Callable | None = None):
-  """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762), plain XLA.
+class RMSNorm(nn.Module):
+  """Root-mean-square normalisation over the last axis (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+  Parameter: scale (D,). Statistics in float32, output in `dtype`. `offset` is added to the scale:
+  1 in Gemma, whose files hold the scale's distance from one.
+  """
+
+  epsilon: float = 1e-6
+  dtype: Any = jnp.float32
+  offset: float = 0.0
+
+  @nn.compact
+  def __call__(self, x):
+    start = nn.initializers.constant(1.0 - self.offset)
+    scale = self.param("scale", start, (x.shape[-1],)).astype(jnp.float32) + self.offset
+    x = x.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.epsilon)
+    return (x * scale).astype(self.dtype)
+
+
+def run_layers(layer: Callable, count: int, compute: Compute, x, *args, each: dict | None = None,
+               name: str = "layer", keep: bool = False):
+  """Runs x through `count` equal layers: x = layer(name=…)(x, *args, **each_i), one by one.
+
+  Call it in a compact method. Unrolled, the layers are `{name}_0`, `{name}_1`, …; with
+  compute.scan they are one module `layers` whose variables have a leading axis of `count`, and
+  arrays of `each` reach the layer as traced scalars. compute.remat applies to both.
 
   Args:
-    q: (B, T, H, D). k, v: (B, S, H, D).
-    bias: added to the scores, broadcastable to (B, H, T, S); `padding_bias` makes one of a mask.
-    drop: applied to the probabilities (B, H, T, S): a Dropout module.
+    layer: name -> module; a module class with its other fields bound.
+    count: how many.
+    compute: scan and remat are read.
+    x: the carry, any pytree.
+    *args: the same for all layers; arrays, pytrees, None.
+    each: keyword -> list of `count` values that differ between layers.
+    name: prefix of the unrolled layers' names.
+    keep: also return what each layer gave.
 
   Returns:
-    (B, T, H, D) in v's dtype. The softmax is computed in float32.
+    x; with keep, (x, [x after each layer]).
   """
-  scores = jnp.einsum("bthd,bshd->bhts", q * q.shape[-1]**-0.5, k,
-                      preferred_element_type=jnp.float32)
-  if bias is not None:
-    scores = scores + bias
-  probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  if drop is not None:
-    probabilities = drop(probabilities)
-  return jnp.einsum("bhts,bshd->bthd", probabilities, v)
+  each = each or {}
+
+  def body(module, x, own):
+    x = module(x, *args, **own)
+    return x, (x if keep else None)
+
+  if compute.remat != "none":
+    body = nn.remat(body, policy=_REMAT[compute.remat], prevent_cse=not compute.scan)
+  if compute.scan and count:
+    own = {key: jnp.asarray(values) for key, values in each.items()}
+    scan = nn.scan(body, variable_axes={True: 0}, split_rngs={True: True}, length=count)
+    x, kept = scan(layer(name="layers"), x, own)
+    return (x, [jax.tree.map(lambda a, i=i: a[i], kept) for i in range(count)]) if keep else x
+  kept = []
+  for i in range(count):
+    x, after = body(layer(name=f"{name}_{i}"), x, {key: value[i] for key, value in each.items()})
+    kept.append(after)
+  return (x, kept) if keep else x
 
 
-def padding_bias(mask):
-  """Returns the attention bias (B, 1, 1, S) of a padding mask (B, S) that is 1 for real tokens."""
-  return jnp.where(mask[:, None, None, :] != 0, 0.0, jnp.finfo(jnp.float32).min)
+def cached(module: nn.Module, k, v, offset):
+  """Returns the keys and values of all slots, k and v (B, T, H, D) put in from slot `offset` on.
+
+  The slots (B, S, H, D) are variables of the collection "cache"; a first call where it is mutable
+  and empty makes them in the shape of its own k and v. Without an offset there is no cache.
+  """
+  if offset is None:
+    return k, v
+  fresh = not module.has_variable("cache", "key")
+  slots = [module.variable("cache", name, jnp.zeros, a.shape, a.dtype)
+           for name, a in (("key", k), ("value", v))]
+  if not fresh:
+    for slot, new in zip(slots, (k, v), strict=True):
+      start = (0, offset, 0, 0)
+      slot.value = jax.lax.dynamic_update_slice(slot.value, new.astype(slot.value.dtype), start)
+  return slots[0].value, slots[1].value
+
+
+def cached_source(module: nn.Module, make: Callable, source):
+  """Returns the keys and values of cross-attention: make(source), or those of an earlier call.
+
+  Args:
+    module: the attention; where its collection "cache" is mutable, they are kept there.
+    make: source (B, S, D) -> (k, v), each (B, S, H, D).
+    source: the encoder's output; None: what was kept is used.
+  """
+  if source is None:
+    return module.get_variable("cache", "source_key"), module.get_variable("cache", "source_value")
+  k, v = make(source)
+  if module.is_mutable_collection("cache") and not module.is_initializing():
+    module.put_variable("cache", "source_key", k)
+    module.put_variable("cache", "source_value", v)
+  return k, v
 
 
 def gelu(x):
@@ -183,6 +304,9 @@ def gelu(x):
 
 ACTIVATIONS = {
     "gelu": gelu,
+    "gelu_python": gelu,
+    "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,

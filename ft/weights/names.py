@@ -6,9 +6,14 @@ A family's `NAMES` is a list of `Rule`s. Loading reads it forwards, export backw
          "transpose")
 
 Patterns of upstream names know: `{i}`, a number that our path repeats; `[bert.]`, a part that may
-be absent (which of the two it was is remembered for export); `(weight|gamma)`, alternatives, of
-which the first is written for a tensor that was not loaded; `{*}`, any rest (of tensors not used).
-Names of tensors in a sub-folder of the checkpoint start with it: `2_Dense/linear.weight`.
+be absent (which of the two it was is remembered for export), also with alternatives,
+`[vit.|deit.]`; `(weight|gamma)`, alternatives, of which the first is written for a tensor that was
+not loaded; `{*}`, any rest (of tensors not used). Names of tensors in a sub-folder of the
+checkpoint start with it: `2_Dense/linear.weight`.
+
+Several rules may give the same path of ours: names of other versions of a checkpoint. The first is
+written for a tensor that was not loaded. A rule with the transform "tied" is another name of a
+tensor that has one already: a file may hold both, equal, or either.
 """
 
 import dataclasses
@@ -40,6 +45,8 @@ TRANSFORMS = {
     "transpose": Transform(lambda a: a.T, lambda a: a.T),
     # A torch convolution's (out, in, height, width) <-> kernel (height, width, in, out).
     "conv": Transform(lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1)),
+    # A torch convolution over time: (out, in, width) <-> kernel (width, in, out).
+    "conv1d": Transform(lambda a: a.transpose(2, 1, 0), lambda a: a.transpose(2, 1, 0)),
     # A depthwise convolution's (channels, 1, height, width) <-> (height, width, channels).
     "depthwise": Transform(lambda a: a[:, 0].transpose(1, 2, 0),
                            lambda a: a.transpose(2, 0, 1)[:, None]),
@@ -60,6 +67,7 @@ class Rule:
     ours: our path, "params/…" or "batch_stats/…"; empty for a tensor that is no parameter.
     transform: name in TRANSFORMS, or "ignore" | "keep" | "arange" where `ours` is empty.
     only: "field=value|value", the configs for which the rule holds; others ignore its tensors.
+      Several conditions are joined by "&".
   """
 
   theirs: str
@@ -68,14 +76,18 @@ class Rule:
   only: str = ""
 
   def __post_init__(self):
-    known = TRANSFORMS if self.ours else _SPECIAL
+    known = (*TRANSFORMS, "tied") if self.ours else _SPECIAL
     if self.transform not in known:
       raise ValueError(f"rule {self.theirs!r}: unknown transform {self.transform!r}")
 
   def holds(self, config) -> bool:
     """Returns whether the rule is in force for this model config."""
-    field, _, values = self.only.partition("=")
-    return not field or str(getattr(config, field)) in values.split("|")
+    conditions = [c.partition("=") for c in self.only.split("&") if c]
+    return all(str(getattr(config, field)) in values.split("|") for field, _, values in conditions)
+
+  def functions(self) -> Transform:
+    """Returns the change of layout; a tied tensor has none."""
+    return TRANSFORMS["same" if self.transform == "tied" else self.transform]
 
 
 @dataclasses.dataclass
@@ -86,9 +98,11 @@ class Layout:
     names: our path -> the upstream name it was read from.
     dtypes: upstream name -> the dtype it had in the file.
     buffers: upstream name -> its value, of tensors that are no parameters.
+    tied: further upstream name -> our path that the file held it for, too.
   """
 
   names: dict = dataclasses.field(default_factory=dict)
+  tied: dict = dataclasses.field(default_factory=dict)
   dtypes: dict = dataclasses.field(default_factory=dict)
   buffers: dict = dataclasses.field(default_factory=dict)
 
@@ -101,15 +115,17 @@ class Report:
     matched: our paths that were read from the file.
     initialised: our paths that the file does not give, made anew.
     ignored: upstream names that were not read.
+    changed: what surgery made of the model, a sentence each.
   """
 
   matched: list = dataclasses.field(default_factory=list)
   initialised: list = dataclasses.field(default_factory=list)
   ignored: list = dataclasses.field(default_factory=list)
+  changed: list = dataclasses.field(default_factory=list)
 
   def __str__(self):
     text = f"{len(self.matched)} tensors matched"
-    for name in ("initialised", "ignored"):
+    for name in ("initialised", "ignored", "changed"):
       if values := getattr(self, name):
         text += f"; {name}: " + ", ".join(_some(values))
     return text
@@ -148,7 +164,7 @@ def shapes(tensors: Mapping, rules: Iterable[Rule], config=None) -> dict:
   for name, tensor in tensors.items():
     rule, path = _forwards(name, rules)
     if path:
-      found[path] = _shape(TRANSFORMS[rule.transform].load, tensor.shape)
+      found[path] = _shape(rule.functions().load, tensor.shape)
   return found
 
 
@@ -182,8 +198,11 @@ def load_tree(tensors: Mapping, rules: Iterable[Rule], expected: Mapping, *, con
   place = place or _place
   leaves, layout = {}, Layout()
   for name, (rule, path) in plan.items():
-    if rule.ours:
-      array = TRANSFORMS[rule.transform].load(tensors[name].read())
+    if path in layout.names:  # of another name that came first
+      _check_tie(tensors, layout.names[path], name, where)
+      layout.tied[name] = path
+    elif rule.ours:
+      array = rule.functions().load(tensors[name].read())
       leaves[path] = place(path, _cast(array, dtype))
       report.matched.append(path)
       layout.names[path] = name
@@ -203,28 +222,36 @@ def dump_tree(leaves: Mapping, rules: Iterable[Rule], layout: Layout | None = No
     layout: what the file that they were loaded from looked like. Its names, its buffers and, if
       every leaf holds only values that the file's dtypes hold, its dtypes are written again.
     config: the model config that the rules' `only` conditions look at.
-    prefix: whether to write the optional part of names; None: as it was in the file.
+    prefix: whether to write the optional part of names, or which; None: as it was in the file.
 
   Raises:
     KeyError: a leaf that no rule names (a gap in the family's table).
   """
   rules = tuple(r for r in rules if r.holds(config))
   layout = layout or Layout()
-  if prefix is None:
-    usual = any(_parse(name, rules)[1].get("optional") for name in layout.names.values())
-  else:
-    usual = prefix
+  usual = prefix
+  if prefix is None or prefix is True:  # as in the names of the file, if any has it
+    found = (_parse(name, rules)[1].get("optional") for name in layout.names.values())
+    usual = next(filter(None, found), prefix)
+  prefix = usual if prefix is True else prefix
   sources = {}
   for path, leaf in leaves.items():
-    rule, fields = _rule_of(path, rules)
-    groups = _match(rule.theirs, layout.names.get(path, "")) or {**fields, "optional": usual}
-    dtype = layout.dtypes.get(layout.names.get(path))
-    sources[_write(rule.theirs, groups, prefix)] = (rule, leaf, dtype)
+    theirs = layout.names.get(path, "")
+    rule, groups = _parse(theirs, rules)
+    if rule is None:
+      rule, fields = _rule_of(path, rules)
+      groups = {**fields, "optional": usual}
+    sources[_write(rule.theirs, groups, prefix)] = (rule, leaf, layout.dtypes.get(theirs))
+  for theirs, path in layout.tied.items():
+    rule, groups = _parse(theirs, rules)
+    if rule is not None and path in leaves:
+      name = _write(rule.theirs, groups, prefix)
+      sources[name] = (rule, leaves[path], layout.dtypes.get(theirs))
   widest = max(layout.dtypes.values(), key=lambda d: d.itemsize, default=None)
   exact = all(_holds(leaf, dtype or widest) for _, leaf, dtype in sources.values())
   out = {}
   for name, (rule, leaf, dtype) in sources.items():
-    out[name] = _Dumped(TRANSFORMS[rule.transform].dump, leaf, dtype if exact else None)
+    out[name] = _Dumped(rule.functions().dump, leaf, dtype if exact else None)
   for name, value in layout.buffers.items():
     rule, groups = _parse(name, rules)
     if rule:
@@ -261,15 +288,16 @@ def _plan(tensors, rules, expected, config, head, fresh):
       plan[name] = (rule, "")
     elif path not in expected:
       unexpected.append(f"{name} {tuple(tensor.shape)}: the model has no {path}")
-    elif path in taken:
+    elif path in taken and not _tied(rule, plan.get(taken[path], (rule,))[0]):
       doubled.append(f"{taken[path]} and {name} are both {path}")
-    elif _shape(TRANSFORMS[rule.transform].load, tensor.shape) == tuple(expected[path].shape):
-      plan[name], taken[path] = (rule, path), name
+    elif _shape(rule.functions().load, tensor.shape) == tuple(expected[path].shape):
+      plan[name] = (rule, path)
+      taken.setdefault(path, name)
     elif in_head:
       report.ignored.append(name)
     else:
       taken[path] = name
-      needed = _shape(TRANSFORMS[rule.transform].dump, expected[path].shape)
+      needed = _shape(rule.functions().dump, expected[path].shape)
       misshapen.append(f"{name}: has {tuple(tensor.shape)}, needs {needed} for {path}")
   _drop_torn_heads(plan, taken, expected, head, report)
   absent = [path for path in expected if path not in taken]
@@ -281,6 +309,10 @@ def _plan(tensors, rules, expected, config, head, fresh):
     if lines:
       problems += [f"  {kind} ({len(lines)}):"] + [f"    {line}" for line in _some(lines)]
   return plan, report, problems
+
+
+def _tied(*rules) -> bool:
+  return any(rule.transform == "tied" for rule in rules)
 
 
 def _drop_torn_heads(plan, taken, expected, head, report):
@@ -296,7 +328,7 @@ def _drop_torn_heads(plan, taken, expected, head, report):
 
 def _missing(path, leaf, rules) -> str:
   rule, fields = _rule_of(path, rules)
-  shape = _shape(TRANSFORMS[rule.transform].dump, leaf.shape)
+  shape = _shape(rule.functions().dump, leaf.shape)
   return f"{_write(rule.theirs, fields, None)} {shape} for {path}"
 
 
@@ -318,14 +350,15 @@ def _segments(pattern: str) -> tuple:
 @functools.cache
 def _regex(pattern: str) -> re.Pattern:
   out, seen = "", set()
-  for kind, text in _segments(pattern):
+  for k, (kind, text) in enumerate(_segments(pattern)):
+    either = "|".join(map(re.escape, text.split("|")))
     if kind == "number":
       out += f"(?P={text})" if text in seen else rf"(?P<{text}>0|[1-9]\d*)"
       seen.add(text)
     elif kind == "optional":
-      out += f"(?P<optional>{re.escape(text)})?"
+      out += f"(?P<optional>{either})?"
     elif kind == "choice":
-      out += "(?P<choice>" + "|".join(map(re.escape, text.split("|"))) + ")"
+      out += f"(?P<choice{k}>{either})"
     else:
       out += ".*" if kind == "rest" else re.escape(text)
   return re.compile(out)
@@ -337,18 +370,20 @@ def _match(pattern: str, name: str) -> dict | None:
   return match.groupdict() if match else None
 
 
-def _write(pattern: str, groups: Mapping, prefix: bool | None) -> str:
+def _write(pattern: str, groups: Mapping, prefix: bool | str | None) -> str:
   """Returns a pattern's name with these variable parts; `prefix` overrules the optional one."""
   out = ""
-  for kind, text in _segments(pattern):
+  for k, (kind, text) in enumerate(_segments(pattern)):
+    first = text.split("|")[0]
     if kind == "number":
       out += groups[text]
     elif kind == "choice":
-      out += groups.get("choice") or text.split("|")[0]
+      out += groups.get(f"choice{k}") or first
     elif kind == "literal":
       out += text
-    elif kind == "optional" and (groups.get("optional") if prefix is None else prefix):
-      out += text
+    elif kind == "optional":
+      chosen = groups.get("optional") if prefix is None else prefix
+      out += (chosen if chosen in text.split("|") else first) if chosen else ""
   return out
 
 
@@ -370,7 +405,7 @@ def _forwards(name: str, rules) -> tuple:
 def _rule_of(path: str, rules) -> tuple:
   """Returns (rule, variable parts) of one of our paths."""
   for rule in rules:
-    groups = _match(rule.ours, path) if rule.ours else None
+    groups = _match(rule.ours, path) if rule.ours and rule.transform != "tied" else None
     if groups is not None:
       return rule, groups
   raise KeyError(f"no rule of the name table gives {path}")
@@ -391,6 +426,14 @@ def _is_float(dtype) -> bool:
 def _cast(array, dtype):
   array = np.ascontiguousarray(array)
   return array.astype(dtype, copy=False) if dtype is not None and _is_float(array.dtype) else array
+
+
+def _check_tie(tensors, first, second, where) -> None:
+  """Raises UserError unless two names of one parameter hold the same values."""
+  if tensors[first].read().tobytes() != tensors[second].read().tobytes():
+    raise errors.UserError(f"{where}: {first} and {second} should be equal, as config.json ties "
+                           "them, and are not; if they are two parameters, set "
+                           "tie_word_embeddings to false in config.json")
 
 
 def _place(path, array):

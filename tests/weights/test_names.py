@@ -243,7 +243,7 @@ def test_one_tensor_in_memory_at_a_time():
 @pytest.mark.parametrize("seed", range(3))
 def test_transforms_are_inverses(name, seed):
   rng = np.random.default_rng(seed)
-  shape = tuple(rng.integers(1, 5, 2 if name == "transpose" else 4))
+  shape = tuple(rng.integers(1, 5, {"transpose": 2, "conv1d": 3}.get(name, 4)))
   shape = (shape[0], 1, *shape[2:]) if name == "depthwise" else shape
   array = rng.normal(size=shape).astype(np.float32)
   transform = names.TRANSFORMS[name]

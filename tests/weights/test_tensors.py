@@ -6,6 +6,7 @@ import os
 import pathlib
 import pickle
 import struct
+import weakref
 import zipfile
 
 import ml_dtypes
@@ -194,6 +195,67 @@ def test_index_and_shards_disagree(tmp_path):
   (tmp_path / "model.safetensors.index.json").write_text('["weight_map"]')
   with pytest.raises(errors.UserError, match="not an index"):
     tensors.open_tensors(tmp_path)
+
+
+def test_index_beside_a_whole_file(tmp_path):
+  shards(tmp_path)
+  tensors.write_safetensors(tmp_path / "pytorch_model.bin", {"x": np.arange(2)})
+  assert tensors.weight_file(tmp_path).name == "model.safetensors.index.json"
+  tensors.write_safetensors(tmp_path / "model.safetensors", {"whole": np.arange(2)})
+  same(tensors.open_tensors(tmp_path), {"whole": np.arange(2)})
+
+
+def test_shards_without_their_index(tmp_path):
+  tensors.write_safetensors(tmp_path / "model-00001-of-00002.safetensors", {"a": np.arange(3)})
+  with pytest.raises(errors.UserError, match="no index of them"):
+    tensors.open_tensors(tmp_path)
+
+
+class Counting(tensors.ArrayTensor):
+  """Counts how many arrays that were read are alive."""
+
+  alive = most = 0
+
+  def read(self):
+    array = super().read()
+    Counting.alive += 1
+    Counting.most = max(Counting.most, Counting.alive)
+    weakref.finalize(array, self._gone)
+    return array
+
+  def _gone(self):
+    Counting.alive -= 1
+
+
+def test_write_sharded_as_the_hub_does(tmp_path):
+  torch, huggingface_hub = pytest.importorskip("torch"), pytest.importorskip("huggingface_hub")
+  rng = np.random.default_rng(0)
+  want = {f"layer.{i}.w": rng.normal(size=(n, 10)).astype(np.float32)
+          for i, n in enumerate((10, 3, 40, 2, 2, 30, 1, 0))}
+  (tmp_path / "ours").mkdir()
+  (tmp_path / "theirs").mkdir()
+  Counting.alive = Counting.most = 0
+  files = tensors.write_sharded(tmp_path / "ours", {k: Counting(v) for k, v in want.items()}, 1200,
+                                {"format": "pt"})
+  huggingface_hub.save_torch_state_dict(
+      {k: torch.from_numpy(v) for k, v in want.items()}, tmp_path / "theirs", max_shard_size=1200)
+  index = "model.safetensors.index.json"
+  ours, theirs = (json.loads((tmp_path / n / index).read_text()) for n in ("ours", "theirs"))
+  assert ours == theirs
+  assert ours["metadata"]["total_size"] == sum(v.nbytes for v in want.values())
+  assert sorted(files) == sorted(set(ours["weight_map"].values()))
+  for file in files:
+    assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "theirs" / file).read_bytes()
+  same(tensors.open_tensors(tmp_path / "ours"), want)
+  assert Counting.most == 1
+  assert Counting.alive == 0
+
+
+def test_write_sharded_that_fits(tmp_path):
+  want = {"a": np.arange(6.0), "b": np.arange(4, dtype=np.int32)}
+  assert tensors.write_sharded(tmp_path, want, 64, {"format": "pt"}) == ["model.safetensors"]
+  assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+  same(tensors.open_tensors(tmp_path), want)
 
 
 def test_folder_without_or_with_several_weights(tmp_path):
