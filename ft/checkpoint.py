@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from ft import errors, mesh
+from ft.weights import stacking
 
 NAME = re.compile(r"step_(\d{9})$")
 
@@ -69,7 +70,7 @@ class Checkpoints:
         place.mkdir()
         (place / "host.json").write_text(json.dumps(host))
       mesh.barrier(f"save {step}")
-      self._saver.save(place / "state", state)
+      self._saver.save(place / "state", stacking.apart(state))  # stored layer by layer
     self._pending = (step, place, host.get("best_step"))
 
   def finish(self) -> None:
@@ -128,7 +129,8 @@ class Checkpoints:
     fault = verify(place)
     if not fault:
       abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-      state = self._saver.restore(place / "state", abstract)
+      state = self._saver.restore(place / "state", stacking.apart(abstract))
+      state = stacking.together(state, abstract)
       return (state, json.loads((place / "host.json").read_text())), ""
     logging.error("checkpoint %s: %s; set aside, going back to the step before", place, fault)
     mesh.barrier(f"fault {step}")

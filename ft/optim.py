@@ -8,9 +8,11 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ft import errors, tune
+from ft.weights import stacking
 
 KEYS = {
   "name": ("adamw", "update rule", ["adamw", "sgd", "adafactor", "lion"]),
@@ -62,7 +64,7 @@ def make(config, trainable, total_steps: int, head: tuple[str, ...] = ()):
   parts += _rule(config)
   if config.weight_decay:
     parts.append(optax.add_decayed_weights(config.weight_decay, mask=decays))
-  if any(factor != 1 for factor in jax.tree.leaves(factors)):
+  if any(np.any(factor != 1) for factor in jax.tree.leaves(factors)):
     parts.append(optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors)))
   parts.append(optax.scale_by_learning_rate(schedule))
   return _in_float32(optax.chain(*parts)), schedule
@@ -131,7 +133,8 @@ def decay_mask(trainable):
   """Returns a tree of bool: True for leaves that decay, that is neither norm, bias nor 1-D."""
   def decays(path, leaf):
     name = path.rpartition("/")[2]
-    return len(leaf.shape) > 1 and name not in ("bias", "scale") and not _NORM.search(path)
+    axes = len(leaf.shape) - stacking.is_stacked(path)
+    return axes > 1 and name not in ("bias", "scale") and not _NORM.search(path)
   return _map(decays, trainable)
 
 
@@ -145,8 +148,8 @@ def rate_factors(trainable, layer_decay: float = 1.0, head_factor: float = 1.0, 
   Raises:
     UserError: `layer_decay` is not 1 and no layer has a number.
   """
-  numbers = {path: _number(path) for path in tune.flatten(trainable)}
-  count = 1 + max((n for n in numbers.values() if n is not None), default=-1)
+  numbers = {path: _number(path, leaf) for path, leaf in tune.flatten(trainable).items()}
+  count = 1 + max((int(np.max(n)) for n in numbers.values() if n is not None), default=-1)
   if layer_decay != 1 and not count:
     raise errors.UserError(
       f"optim.layer_decay={layer_decay}: no trainable parameter belongs to a numbered layer "
@@ -160,12 +163,17 @@ def rate_factors(trainable, layer_decay: float = 1.0, head_factor: float = 1.0, 
       depth = numbers[path] + 1
     else:
       depth = 0 if _BOTTOM.search(path) else count + 1
-    return float(layer_decay ** (count + 1 - depth))
+    return layer_decay ** np.float32(count + 1 - depth)
   return _map(factor, trainable)
 
 
-def _number(path: str) -> int | None:
-  """The layer number in a path: the first one, as inner modules may be numbered too."""
+def _number(path: str, leaf):
+  """The layer number in a path: the first one, as inner modules may be numbered too.
+
+  Of stacked layers all numbers, of a shape that broadcasts over the leaf.
+  """
+  if stacking.is_stacked(path):
+    return np.arange(leaf.shape[0]).reshape(-1, *(1,) * (len(leaf.shape) - 1))
   found = _NUMBERED.search(path)
   return int(found[1] or found[2]) if found else None
 

@@ -52,6 +52,8 @@ def write(pretrained, folder: pathlib.Path) -> None:
   write_atomic(folder / "inputs.json", json.dumps(described, indent=1))
 
   again = export.deserialize(bytearray((folder / "model.stablehlo").read_bytes()))
+  got = again.call(probe)
   for key, want in call(probe).items():
-    if not np.allclose(again.call(probe)[key], want, rtol=1e-5, atol=1e-5):
+    same = jax.tree.map(lambda a, b: np.allclose(a, b, rtol=1e-5, atol=1e-5), got[key], want)
+    if not jax.tree.all(same):
       raise errors.TrainingFailed(f"{folder}: the program read back gives another {key}")

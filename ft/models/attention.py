@@ -118,7 +118,8 @@ def visible(mask: Mask, queries: int, keys: int, window=NO_WINDOW):
 
 
 def _no_window(window, keys) -> bool:
-  return isinstance(window, (int, np.integer)) and window >= keys
+  # The number of keys is symbolic while a program is exported: then it is not compared.
+  return isinstance(window, (int, np.integer)) and (window >= NO_WINDOW or window >= keys)
 
 
 def _acts(drop) -> bool:

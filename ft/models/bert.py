@@ -163,9 +163,10 @@ class Config(base.HFConfig):
     if values["model_type"] != "electra":
       made["embedding_size"] = None
     # A mean-pooled export is a BertModel to transformers; its labels make it a classifier here.
-    labels = base.read_labels(hf.get("id2label") or {})
-    if values["head"] == "none" and labels:
-      made |= {"head": "classify", "labels": labels, "num_labels": len(labels)}
+    stated = hf.get("id2label") or {}
+    labels = base.read_labels(stated)
+    if values["head"] == "none" and (labels or made["pooling"] != "cls" and stated):
+      made |= {"head": "classify", "labels": labels, "num_labels": len(stated)}
     return made
 
   @property
@@ -338,9 +339,9 @@ class Model(nn.Module):
       segment_ids: (B, T), the number of each token's document in a packed row; None: one document.
 
     Returns:
-      last_hidden_state (B, T, D); pooler_output (B, D) if the model has a pooler; features (B, D)
-      that config.pooling chooses, with the head "tag" (B, T, D); logits float32: (B, C) or (B, T, C)
-      if config.num_labels > 0, (B, T, V) with the head "mlm".
+      last_hidden_state (B, T, D); pooler_output (B, D) if the model has a pooler; features, what
+      the label head reads: (B, D) as config.pooling chooses, with the head "tag" (B, T, D); logits
+      float32: (B, C) or (B, T, C) if config.num_labels > 0, (B, T, V) with the head "mlm".
 
     Raises:
       UserError: more tokens than the model has positions.
@@ -379,8 +380,8 @@ class Model(nn.Module):
 
   def lm_logits(self, hidden):
     """Returns scores of words (…, V) float32 of hidden states (…, D), with the head "mlm"."""
-    x = self.transform(hidden)
-    return heads.decode(x, self.embeddings.word, self.decoder_bias, self.compute.dtype)
+    x = self.embeddings.word.attend(self.transform(hidden)).astype(jnp.float32)
+    return x + self.decoder_bias.astype(jnp.float32)
 
 
 def linear(config, features, dtype, name=None) -> layers.Linear:

@@ -20,6 +20,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 IMPLEMENTATIONS = ("shifted", "library")
@@ -49,26 +50,52 @@ def implementation() -> str:
   return _forced.get() or ("shifted" if jax.default_backend() == "cpu" else "library")
 
 
-def same_padding(size, kernel, stride) -> tuple:
+def same_padding(size, kernel, stride, dilation=1) -> tuple:
   """Returns ((top, bottom), (left, right)) of TensorFlow's SAME padding.
 
   Args:
     size: (height, width) of the input.
     kernel: (height, width) of the kernel.
     stride: of both axes.
+    dilation: distance of the kernel's taps.
 
   The output has ceil(size / stride) positions; the odd pixel of padding comes last.
   """
-  total = [max((-(-n // stride) - 1) * stride + k - n, 0)
+  total = [max((-(-n // stride) - 1) * stride + (k - 1) * dilation + 1 - n, 0)
            for n, k in zip(size, kernel, strict=True)]
   return tuple((t // 2, t - t // 2) for t in total)
 
 
-def convolve(x, kernel, stride=1, padding=((0, 0), (0, 0))):
-  """Convolution of x (B, H, W, C) with kernel (k, k, C, features) -> (B, H', W', features)."""
-  if kernel.shape[:2] == (1, 1) and stride == 1 and not any(map(any, padding)):
-    return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
-  return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=_LAYOUT)
+def round_channels(features: float) -> int:
+  """Returns the nearest multiple of 8 that is not more than a tenth below, at least 8."""
+  rounded = max(8, int(features + 4) // 8 * 8)
+  return rounded + 8 if rounded < 0.9 * features else rounded
+
+
+def convolve(x, kernel, stride=1, padding=((0, 0), (0, 0)), dilation=1):
+  """Convolution of x (B, H, W, C) with kernel (k, k, C, features) -> (B, H', W', features).
+
+  Without padding, a 1x1 kernel of any stride, and a kernel as large as the stride (patches), are
+  one 2-D product.
+  """
+  size, features = kernel.shape[:2], kernel.shape[-1]
+  if any(map(any, padding)) or size not in ((1, 1), (stride, stride)) or dilation != 1:
+    return lax.conv_general_dilated(x, kernel, (stride, stride), padding,
+                                    rhs_dilation=(dilation, dilation), dimension_numbers=_LAYOUT)
+  if size == (1, 1):
+    x = x[:, ::stride, ::stride]
+  else:
+    x = _patches(x, stride)
+  y = x.reshape(-1, math.prod(kernel.shape[:3])) @ kernel.reshape(-1, features)
+  return y.reshape(*x.shape[:3], features)
+
+
+def _patches(x, size):
+  """Returns (B, H // size, W // size, size, size, C) of x (B, H, W, C); the rest is cut off."""
+  height, width = (n // size for n in x.shape[1:3])
+  x = x[:, :height * size, :width * size]
+  x = x.reshape(x.shape[0], height, size, width, size, x.shape[-1])
+  return x.transpose(0, 1, 3, 2, 4, 5)
 
 
 def convolve_depthwise(x, kernel, stride=1, padding=((0, 0), (0, 0))):
@@ -281,16 +308,22 @@ def _normalise_backward(epsilon, saved, dy):
 _normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
+def probe_images(size, channels: int = 3) -> np.ndarray:
+  """Returns two fixed random images (2, height, width, channels); `size`: a side, or both."""
+  height, width = size if isinstance(size, tuple) else (size, size)
+  return np.random.default_rng(0).normal(size=(2, height, width, channels)).astype(np.float32)
+
+
 def _depthwise_init(rng, shape, dtype=jnp.float32):
   """Normal with variance 2 / k*k: the fan-out of one channel."""
   return jax.random.normal(rng, shape, dtype) * math.sqrt(2 / (shape[0] * shape[1]))
 
 
 class Conv(nn.Module):
-  """Convolution without bias: (B, H, W, C) -> (B, H', W', features).
+  """Convolution: (B, H, W, C) -> (B, H', W', features).
 
-  Parameter: kernel (k, k, C, features). Tuning may intercept `weights` and `adapt`, as in
-  `layers.Linear`.
+  Parameters: kernel (k, k, C, features), with use_bias also bias (features,). Tuning may intercept
+  `weights` and `adapt`, as in `layers.Linear`.
 
   Attributes:
     features: output channels.
@@ -299,6 +332,8 @@ class Conv(nn.Module):
     padding: ((top, bottom), (left, right)), or "SAME": TensorFlow's rule at the input's own size.
     dtype: of the computation.
     kernel_init: initialiser of the kernel.
+    use_bias: whether the layer has a bias.
+    dilation: distance of the kernel's taps; not of a depthwise one.
   """
 
   features: int
@@ -307,21 +342,31 @@ class Conv(nn.Module):
   padding: Any = "SAME"
   dtype: Any = jnp.float32
   kernel_init: Callable = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+  use_bias: bool = False
+  dilation: int = 1
 
   @nn.compact
   def weights(self, in_features: int):
-    """Returns the kernel (k, k, in_features, features)."""
-    shape = (self.size, self.size, in_features, self.features)
-    return self.param("kernel", self.kernel_init, shape)
+    """Returns (kernel of `kernel_shape`, bias (features,) or None)."""
+    kernel = self.param("kernel", self.kernel_init, self.kernel_shape(in_features))
+    bias = None
+    if self.use_bias:
+      bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    return kernel, bias
+
+  def kernel_shape(self, in_features: int) -> tuple:
+    """Returns (k, k, in_features, features)."""
+    return (self.size, self.size, in_features, self.features)
 
   def product(self, x, kernel):
-    """Returns the convolution of x with a kernel of the layer's shape; `adapt` is not applied."""
-    return convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self._pads(x))
+    """Returns the convolution of x with a kernel of the layer's shape, without bias and `adapt`."""
+    return convolve(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self._pads(x),
+                    self.dilation)
 
   def _pads(self, x):
     if self.padding != "SAME":
       return self.padding
-    return same_padding(x.shape[1:3], (self.size, self.size), self.stride)
+    return same_padding(x.shape[1:3], (self.size, self.size), self.stride, self.dilation)
 
   def adapt(self, x, y):
     """Returns the layer's output, given its input x and plain output y; a hook."""
@@ -329,24 +374,25 @@ class Conv(nn.Module):
     return y
 
   def __call__(self, x):
-    return self.adapt(x, self.product(x, self.weights(x.shape[-1])))
+    kernel, bias = self.weights(x.shape[-1])
+    y = self.product(x, kernel)
+    return self.adapt(x, y if bias is None else add_channels(y, bias))
 
 
 class DepthwiseConv(Conv):
   """Convolution of each channel by itself: (B, H, W, C) -> (B, H', W', C).
 
-  Parameter: kernel (k, k, C). `features` is C.
+  Parameters: kernel (k, k, C), with use_bias also bias (C,). `features` is C.
   """
 
   kernel_init: Callable = _depthwise_init
 
-  @nn.compact
-  def weights(self, in_features: int):
-    """Returns the kernel (k, k, in_features)."""
-    return self.param("kernel", self.kernel_init, (self.size, self.size, in_features))
+  def kernel_shape(self, in_features: int) -> tuple:
+    """Returns (k, k, in_features)."""
+    return (self.size, self.size, in_features)
 
   def product(self, x, kernel):
-    """Returns the convolution of x with a kernel of the layer's shape; `adapt` is not applied."""
+    """Returns the convolution of x with a kernel of the layer's shape, without bias and `adapt`."""
     return convolve_depthwise(x.astype(self.dtype), kernel.astype(self.dtype), self.stride,
                               self._pads(x))
 
@@ -399,7 +445,7 @@ class BatchNorm(nn.Module):
 
 
 class ConvNorm(nn.Module):
-  """A convolution and its batch normalisation: (B, H, W, C) -> (B, H', W', features).
+  """A convolution without bias and its batch normalisation: (B, H, W, C) -> (B, H', W', features).
 
   Under running statistics the normalisation is affine and is folded into the kernel: two passes
   over the activations fewer, forwards and backwards, and the gradient of its scale becomes a sum
@@ -412,7 +458,7 @@ class ConvNorm(nn.Module):
   def __call__(self, x):
     if self.norm.uses_batch():
       return self.norm(self.conv(x))
-    kernel = self.conv.weights(x.shape[-1])
+    kernel, _ = self.conv.weights(x.shape[-1])
     # Dead code that the compiler drops, unless a tuning method intercepts the hook: its answer is
     # then about the unfolded output.
     plain = self.conv.product(x, kernel)

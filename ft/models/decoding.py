@@ -96,7 +96,7 @@ class Settings:
       if isinstance(default, tuple) and key in values:
         value = values[key]
         values[key] = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    values.setdefault("pad_token_id", values.get("eos_token_id", (0,))[0])
+    values.setdefault("pad_token_id", (values.get("eos_token_id") or (0,))[0])
     return cls(**values)
 
 

@@ -12,15 +12,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ft import errors
 from ft.models import base, convolution, layers
+from ft.models.surgery import Surgery
 from ft.weights.names import Rule
 
 MODALITY = "image"
 MODEL_TYPES = ("efficientnet-lite",)
 HEAD = ("params/classifier",)
+SURGERY = {"channels": Surgery("num_channels", ("params/stem/conv/kernel",), axis=2)}
 
 # What the pretrained weights expect of pixels from 0 to 255, in units of 255: (x - 127) / 128.
 IMAGE_MEAN = (127 / 255,) * 3
@@ -88,9 +89,8 @@ class Config(base.HFConfig):
     padding: "same" pads by the size that each layer's input has, as TensorFlow does, and the
       reference with image_size=None; "static" as an image of image_size would need, as the
       reference does otherwise. Equal for images of image_size.
+    num_channels: of the input.
     image_mean, image_std: of the input's channels, in units of 255; for the data side.
-    num_labels: C, labels of the classifier; 0 for none.
-    labels: their names, if known.
   """
 
   width: float = 1.0
@@ -104,60 +104,60 @@ class Config(base.HFConfig):
   norm_momentum: float = 0.99
   norm_epsilon: float = 1e-3
   padding: str = "same"
+  num_channels: int = 3
   image_mean: tuple = IMAGE_MEAN
   image_std: tuple = IMAGE_STD
   num_labels: int = 1000
   head: str = "classify"
 
-  HEADS = {"none": (), "classify": ()}
+  PREFIXES = {"efficientnet-lite": "EfficientNetLite"}
+  HEADS = {"none": ("{}Model",), "classify": ("{}ForImageClassification",)}
+  # Hugging Face's EfficientNet keys where they have one.
+  ALIASES = {
+      "width": ("width_coefficient",),
+      "depth": ("depth_coefficient",),
+      "stem_features": ("stem_dim",),
+      "head_features": ("hidden_dim",),
+      "dropout": ("dropout_rate",),
+      "drop_connect": ("drop_connect_rate",),
+      "norm_momentum": ("batch_norm_momentum",),
+      "norm_epsilon": ("batch_norm_eps",),
+  }
 
   @classmethod
   def variant(cls, name: str, **changes) -> "Config":
     """Returns the config of "lite0" … "lite4", with changes; UserError for another name."""
-    if name not in VARIANTS:
-      raise errors.UserError(f"efficientnet has no variant {name!r}: {', '.join(VARIANTS)}"
-                             f"{errors.suggest(name, VARIANTS)}")
-    width, depth, image_size, dropout = VARIANTS[name]
-    return dataclasses.replace(
-        cls(width=width, depth=depth, image_size=image_size, dropout=dropout), **changes)
+    return cls(**{**_variant(name), **changes})
 
   @classmethod
-  def from_hf(cls, hf: dict) -> "Config":
-    """Returns the Config of a config.json: Hugging Face's EfficientNet keys where they have one.
+  def derived(cls, hf: dict, values: dict) -> dict:
+    """Returns a variant's numbers, and labels: files need not state that they have a classifier."""
+    variant = _variant(hf["variant"]) if hf.get("variant") else {}
+    id2label = hf.get("id2label") or {}
+    count = hf.get("num_labels", len(id2label) or cls.num_labels)
+    return {"head": "classify", "labels": base.read_labels(id2label),
+            "num_labels": base.typed("num_labels", count, int),
+            **{field: value for field, value in variant.items() if field not in values}}
 
-    Raises:
-      UserError: a value of another kind, or a model that is not a Lite one.
-    """
-    config = cls.variant(hf["variant"]) if hf.get("variant") else cls()
-    changes = {field: hf[key] for key, field in _HF_KEYS.items() if key in hf}
-    try:
-      changes = {field: _like(getattr(config, field), value) for field, value in changes.items()}
-    except (TypeError, ValueError) as e:
-      raise errors.UserError(f"config.json of an efficientnet-lite model: {e}") from e
-    names = {int(i): str(name) for i, name in (hf.get("id2label") or {}).items()}
-    if names:
-      changes["labels"] = tuple(names[i] for i in sorted(names))
-      changes.setdefault("num_labels", len(names))
-    config = dataclasses.replace(config, **changes)
-    if config.padding not in ("same", "static"):
-      raise errors.UserError(f"config.json: padding {config.padding!r} is neither same nor static")
-    return config
+  def check(self, hf: dict) -> None:
+    """Raises UserError for what this family does not compute."""
+    base.one_of(self, "padding", ("same", "static"))
+    if not all(isinstance(stage, tuple) and len(stage) == 5 and
+               all(isinstance(n, int) and n > 0 for n in stage) for stage in self.stages):
+      raise errors.UserError("config.json: stages should be lists of five positive numbers: "
+                             "blocks, kernel size, stride, expansion, features")
 
   def to_hf(self) -> dict:
-    """Returns what config.json holds; `from_hf` gives the same Config back."""
-    hf = {"model_type": MODEL_TYPES[0]}
-    hf.update({key: _plain(getattr(self, field)) for key, field in _HF_KEYS.items()})
-    if self.labels:
-      hf["id2label"] = {str(i): name for i, name in enumerate(self.labels)}
-      hf["label2id"] = {name: i for i, name in enumerate(self.labels)}
-    return hf
+    """Returns what config.json holds; `from_hf` gives an equal Config back."""
+    hf = {self.ALIASES.get(key, (key,))[0]: value for key, value in super().to_hf().items()}
+    return hf if self.num_labels else {**hf, "num_labels": 0}  # files need not state the default
 
   def blocks(self) -> list:
     """Returns (kernel size, stride, expansion, inputs, features, drop rate) of each block."""
     shapes = []
     features = self.stem_features
     for number, (repeats, size, stride, expansion, out) in enumerate(self.stages):
-      out = _round_features(out * self.width)
+      out = convolution.round_channels(out * self.width)
       if 0 < number < len(self.stages) - 1:
         repeats = math.ceil(self.depth * repeats)
       for i in range(repeats):
@@ -166,48 +166,18 @@ class Config(base.HFConfig):
     return [(*shape, self.drop_connect * i / len(shapes)) for i, shape in enumerate(shapes)]
 
 
-_HF_KEYS = {
-    "width_coefficient": "width",
-    "depth_coefficient": "depth",
-    "image_size": "image_size",
-    "stages": "stages",
-    "stem_dim": "stem_features",
-    "hidden_dim": "head_features",
-    "dropout_rate": "dropout",
-    "drop_connect_rate": "drop_connect",
-    "batch_norm_momentum": "norm_momentum",
-    "batch_norm_eps": "norm_epsilon",
-    "padding": "padding",
-    "image_mean": "image_mean",
-    "image_std": "image_std",
-    "num_labels": "num_labels",
-}
-
-
 def complete(hf: dict, folder) -> dict:
   """Returns config.json with its defaults filled in: checkpoints of this family may have none."""
   del folder
-  return {**Config.from_hf(hf).to_hf(), **hf}
+  filled = dataclasses.replace(Config.from_hf(hf), source="{}").to_hf()
+  return {**filled, **hf}
 
 
-def _like(default, value):
-  """Returns a value of config.json as the type that the default has."""
-  if isinstance(default, tuple):
-    return tuple(tuple(map(int, v)) if isinstance(v, (list, tuple)) else float(v) for v in value)
-  if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-    raise TypeError(f"{value!r} should be a {type(default).__name__}")
-  return type(default)(value)
-
-
-def _plain(value):
-  """Returns tuples as lists, which is what JSON makes of them."""
-  return [_plain(v) for v in value] if isinstance(value, tuple) else value
-
-
-def _round_features(features: float) -> int:
-  """Returns the nearest multiple of 8 that is not more than a tenth below."""
-  rounded = max(8, int(features + 4) // 8 * 8)
-  return rounded + 8 if rounded < 0.9 * features else rounded
+def _variant(name: str) -> dict:
+  if name not in VARIANTS:
+    raise errors.UserError(f"efficientnet has no variant {name!r}: {', '.join(VARIANTS)}"
+                           f"{errors.suggest(name, VARIANTS)}")
+  return dict(zip(("width", "depth", "image_size", "dropout"), VARIANTS[name], strict=True))
 
 
 class Block(nn.Module):
@@ -249,7 +219,7 @@ def conv_norm(config, name, features, dtype, size=1, stride=1, padding="SAME"):
 
 
 class Model(nn.Module):
-  """EfficientNet-Lite: pixel_values (B, H, W, 3) -> a dict, see `__call__`.
+  """EfficientNet-Lite: pixel_values (B, H, W, num_channels) -> a dict, see `__call__`.
 
   Dropout and stochastic depth act if and only if apply is given an rng stream "dropout"; batch
   statistics are the running ones unless "batch_stats" is mutable.
@@ -292,29 +262,33 @@ class Model(nn.Module):
     """Applies the model.
 
     Args:
-      pixel_values: (B, H, W, 3) floats, RGB, normalised as (x - 127) / 128 of pixels from 0 to 255
-        (config.image_mean and image_std, in units of 255). Any H and W.
+      pixel_values: (B, H, W, num_channels) floats, RGB, normalised as (x - 127) / 128 of pixels
+        from 0 to 255 (config.image_mean and image_std, in units of 255). Any H and W.
 
     Returns:
-      last_hidden_state (B, H / 32, W / 32, D), features (B, D): its mean over positions, and, if
-      config.num_labels > 0, logits (B, C).
+      feature_maps, a tuple of the last block's output (B, h, w, features) at each resolution, from
+      H / 2 on to H / 32; last_hidden_state (B, H / 32, W / 32, D), the last convolution's;
+      features (B, D), its mean over positions; logits (B, C) float32 if config.num_labels > 0.
     """
     x = convolution.relu6(self.stem(pixel_values.astype(self.compute.dtype)))
+    maps = []
     for block, gate in zip(self.blocks, self._gates(x.shape[0]), strict=True):
+      if block.shape[1] > 1:
+        maps.append(x)
       x = block(x, gate)
+    maps.append(x)
     x = convolution.relu6(self.head_conv(x))
     features = x.mean((1, 2))
-    outputs = {"last_hidden_state": x, "features": features}
+    outputs = {"last_hidden_state": x, "feature_maps": tuple(maps), "features": features}
     if self.config.num_labels:
       outputs["logits"] = self.head(features)
     return outputs
 
   def head(self, features):
-    """Returns the logits (B, C) of features (B, D): dropout and the classifier."""
-    return self.classifier(self.dropout(features))
+    """Returns the logits (B, C), float32, of features (B, D): dropout and the classifier."""
+    return self.classifier(self.dropout(features)).astype(jnp.float32)
 
 
 def probe_inputs(config: Config) -> dict:
   """Returns a small fixed batch, on which an export is compared with its reload."""
-  shape = (2, config.image_size, config.image_size, 3)
-  return {"pixel_values": np.random.default_rng(0).normal(size=shape).astype(np.float32)}
+  return {"pixel_values": convolution.probe_images(config.image_size, config.num_channels)}

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ft import errors
-from ft.models import decoding, stacking
+from ft.models import decoding
+from ft.weights import stacking
 
 Settings = decoding.Settings
 _STOP_CHUNK = 8  # tokens between looks for stop strings

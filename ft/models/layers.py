@@ -10,6 +10,7 @@ Shapes: B batch, T and S positions, H heads, D features, N = product of all lead
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+_FEW = 16  # rows, below which a fused product does not pay
 _GOLDEN = 0x9E3779B9
 _REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -84,9 +86,13 @@ def fused(modules: Sequence[Linear], x) -> list:
   """Applies several Linear modules to the same x (..., in) as one product.
 
   Returns one output (..., module.features) a module, in order. The parameters stay separate; the
-  concatenation of kernels costs little beside the product it makes larger. A module without bias
-  among others with one (Whisper's key) is given zeros.
+  concatenation of kernels costs little beside the product it makes larger, except with few rows,
+  as in decoding, where reading kernels is most of the work: then each is applied by itself. A
+  module without bias among others with one (Whisper's key) is given zeros.
   """
+  sizes = x.shape[:-1]
+  if all(isinstance(size, int) for size in sizes) and math.prod(sizes) < _FEW:
+    return [module(x) for module in modules]
   weights = [module.weights(x.shape[-1]) for module in modules]
   kernel = jnp.concatenate([kernel for kernel, _ in weights], axis=1)
   bias = None
@@ -122,10 +128,13 @@ def keep_mask(rng, shape, rate: float):
 class Dropout(nn.Module):
   """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate).
 
-  The identity where no rng stream "dropout" was passed to apply.
+  The identity where no rng stream "dropout" was passed to apply. With `whole`, all elements of an
+  example (of the leading axis) have the same fate: stochastic depth (Huang et al. 2016,
+  arXiv:1603.09382).
   """
 
   rate: float
+  whole: bool = False
 
   @nn.compact
   def __call__(self, x):
@@ -133,7 +142,8 @@ class Dropout(nn.Module):
       raise ValueError(f"dropout rate {self.rate} is outside [0, 1)")
     if self.rate == 0.0 or not self.has_rng("dropout"):
       return x
-    keep = keep_mask(self.make_rng("dropout"), x.shape, self.rate)
+    shape = (x.shape[0], *(1,) * (x.ndim - 1)) if self.whole else x.shape
+    keep = keep_mask(self.make_rng("dropout"), shape, self.rate)
     return jnp.where(keep, x * jnp.asarray(1.0 / (1.0 - self.rate), x.dtype), jnp.zeros_like(x))
 
 
@@ -270,9 +280,9 @@ def cached(module: nn.Module, k, v, offset):
   """
   if offset is None:
     return k, v
-  fresh = not module.has_variable("cache", "key")
+  fresh = not module.has_variable("cache", "cached_key")
   slots = [module.variable("cache", name, jnp.zeros, a.shape, a.dtype)
-           for name, a in (("key", k), ("value", v))]
+           for name, a in (("cached_key", k), ("cached_value", v))]
   if not fresh:
     for slot, new in zip(slots, (k, v), strict=True):
       start = (0, offset, 0, 0)
@@ -295,6 +305,14 @@ def cached_source(module: nn.Module, make: Callable, source):
     module.put_variable("cache", "source_key", k)
     module.put_variable("cache", "source_value", v)
   return k, v
+
+
+def last_token(x, attention_mask=None):
+  """Returns the vector (B, D) of each row's last real token, x (B, T, D), mask (B, T) or None."""
+  if attention_mask is None:
+    return x[:, -1]
+  index = jnp.where(attention_mask != 0, jnp.arange(x.shape[1]), 0).max(-1)
+  return jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
 
 
 def gelu(x):

@@ -61,6 +61,8 @@ class Rope:
     stated = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     kind = stated.pop("rope_type", None) or stated.pop("type", None) or "default"
     stated.pop("type", None)
+    if kind in ("su", "yarn") and "short_factor" in stated:
+      kind = "longrope"  # its names in Phi-3's first files
     if kind not in TYPES:
       raise errors.UserError(f"config.json: rope type {kind!r} is not supported; "
                              f"supported are {', '.join(TYPES)}")
@@ -73,6 +75,13 @@ class Rope:
     settings = tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in stated.items()
                             if v is not None))
     return cls(size, theta, kind, settings)
+
+  def to_hf(self, head_size: int) -> dict:
+    """Returns config.json's rope_parameters; the inverse of from_hf."""
+    stated = {k: list(v) if isinstance(v, tuple) else v for k, v in self.settings}
+    if self.size != head_size:  # a little more than the quotient, which may be rounded down
+      stated["partial_rotary_factor"] = (self.size + 0.5) / head_size
+    return {"rope_type": self.kind, "rope_theta": self.theta, **stated}
 
   def frequencies(self, long: bool = False) -> np.ndarray:
     """Returns radians per position of each pair of features, (d / 2,) float32.

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ft import errors
-from ft.models import stacking
+from ft.weights import stacking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,17 +29,18 @@ class Surgery:
 
   Attributes:
     field: of the family's Config.
-    paths: of the leaves; for "depth", of the modules that hold the layers.
+    paths: of the leaves, or (path, its axis); for "depth", of the modules that hold the layers.
     axis: of the rows or channels in those leaves.
     patch: image_size only: the Config's field with the patch's side.
-    extra: image_size only: position vectors before those of patches (class token, registers).
+    extra: image_size only: position vectors before those of patches (class token, registers), or
+      the Config's field with their number.
   """
 
   field: str
   paths: tuple
   axis: int = 0
   patch: str = ""
-  extra: int = 0
+  extra: int | str = 0
 
 
 def apply(module, config, leaves: Mapping, changes: Mapping) -> tuple:
@@ -64,6 +65,8 @@ def apply(module, config, leaves: Mapping, changes: Mapping) -> tuple:
     surgery = table[name]
     old = getattr(config, surgery.field)
     value = _side(value) if name == "image_size" else int(value)
+    if min(_pair(value)) < 1:
+      raise errors.UserError(f"model.{name}={value} should be at least 1")
     if old == value:
       continue
     for path, leaf in _CHANGES[name](surgery, config, leaves, value).items():
@@ -79,13 +82,13 @@ def apply(module, config, leaves: Mapping, changes: Mapping) -> tuple:
 def _rows(surgery, config, leaves, size):
   """Further rows are the mean of those there are (Hewitt 2021), so no new token is likely."""
   out = {}
-  for path in _present(surgery, leaves):
-    table = jnp.moveaxis(leaves[path], surgery.axis, 0)
+  for path, axis in _present(surgery, leaves):
+    table = jnp.moveaxis(leaves[path], axis, 0)
     if size > table.shape[0]:
       mean = table.astype(jnp.float32).mean(0, keepdims=True).astype(table.dtype)
       rows = jnp.broadcast_to(mean, (size - table.shape[0], *table.shape[1:]))
       table = jnp.concatenate([table, rows])
-    out[path] = jnp.moveaxis(table[:size], 0, surgery.axis)
+    out[path] = jnp.moveaxis(table[:size], 0, axis)
   return out
 
 
@@ -96,11 +99,12 @@ def _grid(surgery, config, leaves, size):
   old = [side // patch for side in _pair(getattr(config, surgery.field))]
   if min(new) < 1:
     raise errors.UserError(f"model.image_size={size} is smaller than a patch of {patch}")
-  out = {}
-  for path in _present(surgery, leaves):
+  extra, out = surgery.extra, {}
+  extra = getattr(config, extra) if isinstance(extra, str) else extra
+  for path, _ in _present(surgery, leaves):
     leaf = leaves[path]
     flat = leaf.reshape(-1, leaf.shape[-1]).astype(jnp.float32)
-    first, grid = flat[:surgery.extra], flat[surgery.extra:]
+    first, grid = flat[:extra], flat[extra:]
     if math.prod(old) != grid.shape[0]:
       raise errors.UserError(f"{path} has {grid.shape[0]} positions, not a grid of {old}")
     grid = interpolate(grid.reshape(*old, -1), new).reshape(math.prod(new), -1)
@@ -141,21 +145,25 @@ def _cubic(old: int, new: int, ratio: float) -> np.ndarray:
 
 
 def _channels(surgery, config, leaves, count):
-  """Kernels for other channels: the old ones repeated, scaled so that grey stays the same sum."""
+  """Kernels for other channels, the old ones repeated or added up; a grey image gives the same.
+
+  Copies of a channel share its weight; where there are fewer channels, one stands for several.
+  """
   out = {}
-  for path in _present(surgery, leaves):
+  for path, axis in _present(surgery, leaves):
     kernel = leaves[path]
-    old = kernel.shape[surgery.axis]
-    taken = jnp.take(kernel, jnp.arange(count) % old, axis=surgery.axis)
-    out[path] = (taken.astype(jnp.float32) * (old / count)).astype(kernel.dtype)
+    old = kernel.shape[axis]
+    share = np.equal.outer(np.arange(count) % min(old, count), np.arange(old) % min(old, count))
+    share = share / share.sum(0) if count > old else share
+    made = jnp.tensordot(jnp.asarray(share, jnp.float32), kernel.astype(jnp.float32), (1, axis),
+                         precision="highest")
+    out[path] = jnp.moveaxis(made, 0, axis).astype(kernel.dtype)
   return out
 
 
 def _depth(surgery, config, leaves, count):
   """The first `count` layers; further ones are copies of the last."""
   old = getattr(config, surgery.field)
-  if count < 1:
-    raise errors.UserError("model.depth: a model needs at least one layer")
   out = {}
   for path, leaf in leaves.items():
     target, number = stacking.split(path)
@@ -172,13 +180,15 @@ _CHANGES = {"vocab_size": _rows, "image_size": _grid, "channels": _channels, "de
 _SAYS = {
     "vocab_size": "new rows are the mean of the old ones",
     "image_size": "position vectors were interpolated",
-    "channels": "kernels of the input were repeated and scaled",
+    "channels": "kernels of the input were repeated or added up",
     "depth": "layers were cut from the end, or the last one was repeated",
 }
 
 
 def _present(surgery, leaves) -> list:
-  return [path for path in surgery.paths if path in leaves]
+  """Returns [(path, axis)] of the leaves that there are."""
+  pairs = [p if isinstance(p, tuple) else (p, surgery.axis) for p in surgery.paths]
+  return [(path, axis) for path, axis in pairs if path in leaves]
 
 
 def _side(value):

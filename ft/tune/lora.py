@@ -18,6 +18,7 @@ import numpy as np
 from absl import logging
 
 from ft import errors, tune
+from ft.weights import stacking
 
 KEYS = {
   "targets": (("all-linear",), "expressions searched in module paths as layer_0/attention/query"),
@@ -29,7 +30,6 @@ KEYS = {
 
 COLLECTION = "adapters"
 ALL = "all-linear"
-STACK = re.compile(r"(?:^|/)(?:layers|blocks)(?:/|$)")
 
 
 def init(config, variables, rng, head=()) -> tune.Tuned:
@@ -43,7 +43,7 @@ def init(config, variables, rng, head=()) -> tune.Tuned:
   check_rank(config.rank, kernels)
   adapters = {}
   for path, kernel in kernels.items():
-    a, b = initial(_generator(rng, path), kernel, config.rank)
+    a, b = initial(rng, path, kernel, config.rank)
     adapters |= {f"{COLLECTION}/{path}/lora_a": a, f"{COLLECTION}/{path}/lora_b": b}
   trained, frozen = tune.split(variables, lambda path: tune.under(path, head))
   scale = scaling(config)
@@ -75,11 +75,10 @@ def layers(variables, head=()) -> dict:
 def is_linear(path: str, kernel) -> bool:
   """Whether a kernel is a matrix, a stack of them, or the (1, 1, in, out) of a pointwise conv.
 
-  Three axes alone do not tell: a depthwise kernel is (k, k, C). Scanned stacks are the modules
-  below a `layers` or `blocks` without number.
+  Three axes alone do not tell: a depthwise kernel is (k, k, C).
   """
   if kernel.ndim == 3:
-    return bool(STACK.search(path))
+    return stacking.is_stacked(path)
   return kernel.ndim == 2 or (kernel.ndim == 4 and kernel.shape[:2] == (1, 1))
 
 
@@ -135,13 +134,19 @@ def _generator(rng, path: str) -> np.random.Generator:
   return np.random.default_rng([*np.asarray(key).tolist(), zlib.crc32(path.encode())])
 
 
-def initial(generator: np.random.Generator, kernel, rank: int):
-  """Returns (A, B) float32 of one layer: A uniform within 1/sqrt(in) as in peft, B zero."""
-  stack = kernel.shape[:-2] if kernel.ndim == 3 else ()
+def initial(rng, path: str, kernel, rank: int):
+  """Returns (A, B) float32 of one layer, or of a stack of them, which start as they would alone.
+
+  A is uniform within 1/sqrt(in) as in peft, B is zero.
+  """
   inputs, outputs = kernel.shape[-2:]
+  if kernel.ndim == 3:
+    alone = [stacking.numbered(path, i) for i in range(kernel.shape[0])]
+    a, b = zip(*(initial(rng, path, kernel[0], rank) for path in alone), strict=True)
+    return jnp.stack(a), jnp.stack(b)
   bound = 1 / math.sqrt(inputs)
-  a = generator.uniform(-bound, bound, (*stack, inputs, rank)).astype(np.float32)
-  return jnp.asarray(a), jnp.zeros((*stack, rank, outputs), jnp.float32)
+  a = _generator(rng, path).uniform(-bound, bound, (inputs, rank)).astype(np.float32)
+  return jnp.asarray(a), jnp.zeros((rank, outputs), jnp.float32)
 
 
 def merge(variables, scale: float):

@@ -48,8 +48,12 @@ TRANSFORMS = {
     # A torch convolution over time: (out, in, width) <-> kernel (width, in, out).
     "conv1d": Transform(lambda a: a.transpose(2, 1, 0), lambda a: a.transpose(2, 1, 0)),
     # A depthwise convolution's (channels, 1, height, width) <-> (height, width, channels).
-    "depthwise": Transform(lambda a: a[:, 0].transpose(1, 2, 0),
+    "depthwise": Transform(lambda a: a.squeeze(1).transpose(1, 2, 0),
                            lambda a: a.transpose(2, 0, 1)[:, None]),
+    # A convolution over time of width 1, a linear layer: (out, in, 1) <-> kernel (in, out).
+    "pointwise": Transform(lambda a: a.squeeze(2).T, lambda a: a.T[:, :, None]),
+    # A value a channel, with axes for image and positions: (1, 1, 1, channels) <-> (channels,).
+    "spatial": Transform(lambda a: a.squeeze((0, 1, 2)), lambda a: a[None, None, None]),
 }
 
 # What becomes of a tensor that is no parameter of ours (a rule with an empty `ours`):
@@ -247,7 +251,8 @@ def dump_tree(leaves: Mapping, rules: Iterable[Rule], layout: Layout | None = No
     if rule is not None and path in leaves:
       name = _write(rule.theirs, groups, prefix)
       sources[name] = (rule, leaves[path], layout.dtypes.get(theirs))
-  widest = max(layout.dtypes.values(), key=lambda d: d.itemsize, default=None)
+  floats = filter(_is_float, layout.dtypes.values())
+  widest = max(floats, key=lambda d: d.itemsize, default=None)
   exact = all(_holds(leaf, dtype or widest) for _, leaf, dtype in sources.values())
   out = {}
   for name, (rule, leaf, dtype) in sources.items():
@@ -268,7 +273,7 @@ class _Dumped(tensors_lib.LazyTensor):
     self.shape = _shape(dump, leaf.shape)
 
   def read(self):
-    return np.ascontiguousarray(self._dump(np.asarray(self._leaf))).astype(self.dtype, copy=False)
+    return np.asarray(self._dump(np.asarray(self._leaf)), order="C").astype(self.dtype, copy=False)
 
 
 def _plan(tensors, rules, expected, config, head, fresh):
@@ -424,7 +429,7 @@ def _is_float(dtype) -> bool:
 
 
 def _cast(array, dtype):
-  array = np.ascontiguousarray(array)
+  array = np.asarray(array, order="C")  # ascontiguousarray would give a scalar an axis
   return array.astype(dtype, copy=False) if dtype is not None and _is_float(array.dtype) else array
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ft import errors, models
-from ft.models import convolution, efficientnet
+from ft.models import convolution, efficientnet, layers
 from ft.weights import names, tensors
 
 STAGES = ((1, 3, 1, 1, 8), (2, 5, 2, 3, 8), (1, 3, 2, 2, 16))
@@ -58,8 +58,26 @@ def test_variants_have_the_published_sizes(variant, blocks, millions):
 
 def test_config_survives_json():
   for config in (TINY, efficientnet.Config.variant("lite3", padding="static"),
+                 dataclasses.replace(TINY, num_labels=0),
                  dataclasses.replace(TINY, num_labels=2, labels=("bad", "good"))):
     assert efficientnet.Config.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+def test_config_of_an_earlier_export():
+  """Its keys were these, in this form; it had no architectures."""
+  earlier = {"batch_norm_eps": 0.001, "batch_norm_momentum": 0.9, "depth_coefficient": 1.5,
+             "drop_connect_rate": 0.1, "dropout_rate": 0.3, "hidden_dim": 24, "image_mean": [0.5],
+             "image_size": 32, "image_std": [0.25], "model_type": "efficientnet-lite",
+             "num_labels": 2, "padding": "static", "stages": [list(s) for s in STAGES],
+             "stem_dim": 8, "width_coefficient": 1.2, "id2label": {"0": "bad", "1": "good"},
+             "label2id": {"bad": 0, "good": 1}}
+  want = efficientnet.Config(
+    norm_epsilon=0.001, norm_momentum=0.9, depth=1.5, drop_connect=0.1, dropout=0.3,
+    head_features=24, image_mean=(0.5,), image_size=32, image_std=(0.25,), num_labels=2,
+    padding="static", stages=STAGES, stem_features=8, width=1.2, labels=("bad", "good"))
+  assert efficientnet.Config.from_hf(earlier) == want
+  assert want.to_hf().items() >= {k: v for k, v in earlier.items() if k != "num_labels"}.items()
+  assert efficientnet.Config.from_hf({**earlier, "num_labels": 0, "id2label": {}}).num_labels == 0
 
 
 def test_config_by_variant_and_defaults():
@@ -73,9 +91,10 @@ def test_config_by_variant_and_defaults():
 
 @pytest.mark.parametrize("hf,match", [
   ({"variant": "lite9"}, "no variant 'lite9'"),
-  ({"width_coefficient": "wide"}, "could not convert"),
-  ({"image_size": [224]}, "should be a int"),
-  ({"padding": "valid"}, "neither same nor static"),
+  ({"width_coefficient": "wide"}, "width_coefficient is 'wide', should be of type float"),
+  ({"image_size": [224]}, "image_size is .224., should be of type int"),
+  ({"padding": "valid"}, "padding 'valid' is not supported; supported are 'same', 'static'"),
+  ({"stages": [[1, 3, 1, 1]]}, "lists of five positive numbers"),
 ])
 def test_a_wrong_config_is_one_clear_error(hf, match):
   with pytest.raises(errors.UserError, match=match):
@@ -101,6 +120,9 @@ def test_outputs(height, width):
   assert out["last_hidden_state"].shape == (3, -(-height // 8), -(-width // 8), 24)
   assert out["features"].shape == (3, 24) and out["logits"].shape == (3, 5)
   np.testing.assert_allclose(out["features"], out["last_hidden_state"].mean((1, 2)), rtol=1e-5)
+  half, quarter, eighth = ((-(-height // n), -(-width // n)) for n in (2, 4, 8))
+  assert [y.shape for y in out["feature_maps"]] == [
+    (3, *half, 8), (3, *quarter, 8), (3, *eighth, 16)]
   head = model.apply(variables, out["features"], method="head")
   np.testing.assert_allclose(head, out["logits"], rtol=1e-5, atol=1e-6)
 
@@ -172,9 +194,10 @@ def test_statistics_move_only_where_mutable():
 
 def test_half_precision():
   _, variables = build()
-  out = run(efficientnet.Model(TINY, dtype=jnp.bfloat16), variables, images())
-  assert out["logits"].dtype == jnp.bfloat16
-  assert np.isfinite(np.asarray(out["logits"], np.float32)).all()
+  compute = layers.Compute(jnp.bfloat16)
+  out = run(efficientnet.Model(TINY, compute=compute), variables, images())
+  assert out["last_hidden_state"].dtype == jnp.bfloat16 and out["logits"].dtype == jnp.float32
+  assert np.isfinite(np.asarray(out["logits"])).all()
 
 
 def upstream(folder, config=TINY):
@@ -211,6 +234,17 @@ def test_a_new_head_is_initialised_and_said(tmp_path):
   assert sorted(loaded.report.initialised) == ["params/classifier/bias", "params/classifier/kernel"]
   assert loaded.config.dropout == 0.3 and loaded.config.labels == ("bad", "good")
   assert run(loaded.module, loaded.variables, images())["logits"].shape == (3, 2)
+  models.export(loaded, tmp_path / "b")
+  assert models.load(str(tmp_path / "b")).config == loaded.config
+
+
+def test_other_channels(tmp_path):
+  upstream(tmp_path / "a")
+  loaded = models.load(str(tmp_path / "a"), changes={"channels": 1})
+  assert "num_channels 3 -> 1" in str(loaded.report)
+  grey = images()[..., :1]
+  got = run(loaded.module, loaded.variables, grey)["logits"]
+  assert got.shape == (3, 5)
   models.export(loaded, tmp_path / "b")
   assert models.load(str(tmp_path / "b")).config == loaded.config
 

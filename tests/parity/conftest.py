@@ -2,6 +2,17 @@
 
 import sys
 
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation():
+  """Compiles without costly optimisations: programs here are large, run once, on little data."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
 
 def pytest_terminal_summary(terminalreporter):
   harness = sys.modules.get("parity.harness")

@@ -21,6 +21,7 @@ from ft.weights import names, tensors
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+core_model_loading = pytest.importorskip("transformers.core_model_loading")
 
 TOLERANCE = 1e-4
 ROWS = []  # (family, configuration, largest relative difference of outputs, of gradients)
@@ -67,7 +68,7 @@ def as_torch(inputs):
 
 
 def check(family, case, model, inputs, outputs, folder, *, load=None, real=None, reopen=None,
-          config=None, call=None, torch_inputs=None, gradients=True, table=True):
+          call=None, torch_inputs=None, gradients=True, table=True):
   """Compares a reference model with ft's reading of it; see the module's docstring.
 
   Args:
@@ -98,7 +99,15 @@ def check(family, case, model, inputs, outputs, folder, *, load=None, real=None,
   want = {name: get(reference, theirs) if callable(get) else reference[get]
           for name, get in outputs.items()}
   weights = {name: _weights(value, (real or {}).get(name)) for name, value in want.items()}
-  got = jax.jit(lambda v: call(pretrained, v, kw))(pretrained.variables)
+
+
+  def loss(params):
+    out = call(pretrained, {**pretrained.variables, "params": params}, kw)
+    out = {name: out[name] for name in want}
+    return sum((out[name].astype(np.float32) * weights[name]).sum() for name in want), out
+
+  run = jax.value_and_grad(loss, has_aux=True) if gradients else lambda p: (loss(p), None)
+  (_, got), grads = jax.jit(run)(pretrained.variables["params"])
   worst = 0.0
   for name, value in want.items():
     seen = weights[name] != 0
@@ -108,13 +117,8 @@ def check(family, case, model, inputs, outputs, folder, *, load=None, real=None,
   worst_gradient = 0.0
   if gradients:
     sum((value * torch.tensor(weights[name])).sum() for name, value in want.items()).backward()
-
-    def loss(variables):
-      out = call(pretrained, variables, kw)
-      return sum((out[name].astype(np.float32) * weights[name]).sum() for name in want)
-
-    worst_gradient = compare_gradients(model, pretrained, loss, (family, case))
-  round_trip(pretrained, source, folder / "exported", reopen or type(model), model, theirs, want)
+    worst_gradient = same_gradients(model, pretrained, grads, (family, case))
+  round_trip(pretrained, source, folder / "exported", reopen or type(model), model, theirs)
   if table:
     ROWS.append((family, case, worst, worst_gradient))
   return pretrained
@@ -131,16 +135,19 @@ def _weights(value, real):
 
 
 def compare_gradients(model, pretrained, loss, what) -> float:
-  """Returns the largest relative difference of any parameter's gradient; asserts the tolerance."""
+  """`same_gradients` of loss(variables)."""
   grads = jax.jit(jax.grad(lambda p: loss({**pretrained.variables, "params": p})))(
       pretrained.variables["params"])
+  return same_gradients(model, pretrained, grads, what)
+
+
+def same_gradients(model, pretrained, grads, what) -> float:
+  """Returns the largest relative difference of any parameter's gradient; asserts the tolerance."""
   rules = models.family_module(pretrained.family).NAMES
   layout = dataclasses.replace(pretrained.layout, dtypes={}, buffers={})
   got = {name: tensor.read() for name, tensor in names.dump_tree(
       names.flatten({"params": grads}), rules, layout, config=pretrained.config).items()}
-  want = {name: p.grad for name, p in model.named_parameters()}
-  # Names in memory may differ from those in the file; then values are matched through the file.
-  want = {_in_file(model, name, got): grad for name, grad in want.items()}
+  want = {_in_file(model, name, got): grad for name, grad in _gradients(model).items()}
   missing = want.keys() - got.keys()
   assert not missing, (what, "parameters without a gradient of ours", sorted(missing)[:5])
   largest = max(float(g.abs().max()) for g in want.values() if g is not None)
@@ -154,6 +161,16 @@ def compare_gradients(model, pretrained, loss, what) -> float:
   return worst
 
 
+def _gradients(model) -> dict:
+  """Returns {name: gradient}, names and layout as save_pretrained writes the parameters."""
+  want = {name: p.grad for name, p in model.named_parameters()}
+  if not isinstance(model, transformers.PreTrainedModel):
+    return want
+  want = {name: torch.zeros_like(p) if p.grad is None else p.grad
+          for name, p in model.named_parameters()}
+  return core_model_loading.revert_weight_conversion(model, want)
+
+
 def _in_file(model, name, file_names):
   """Returns the name under which save_pretrained writes a parameter (its base prefix may differ)."""
   if name in file_names:
@@ -165,11 +182,14 @@ def _in_file(model, name, file_names):
   return name
 
 
-def round_trip(pretrained, source, out, opener, model, inputs, want) -> None:
+def round_trip(pretrained, source, out, opener, model, inputs) -> None:
   """Asserts that the export holds bitwise the source's tensors, and that upstream opens it."""
   models.export(pretrained, out)
   same_tensors(source, out)
-  again, info = opener.from_pretrained(out, output_loading_info=True, dtype=torch.float32)
+  # Implementations differ at padding that sees nothing, so it is opened with the model's own.
+  same = getattr(getattr(model, "config", None), "_attn_implementation", None)
+  again, info = opener.from_pretrained(out, output_loading_info=True, dtype=torch.float32,
+                                       **({"attn_implementation": same} if same else {}))
   for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
     assert not info[key], (key, info[key])
   with torch.no_grad():

