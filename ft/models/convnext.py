@@ -11,7 +11,6 @@ import dataclasses
 import functools
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -133,8 +132,7 @@ class Layer(nn.Module):
     y = convolution.DepthwiseConv(channels, 7, padding=((3, 3), (3, 3)), dtype=dtype, use_bias=True,
                                   kernel_init=nn.initializers.normal(c.initializer_range),
                                   name="depthwise")(x)
-    # The norm reads its input three times; fused into it, the convolution would be made thrice.
-    y = layers.LayerNorm(_NORM_EPSILON, dtype, name="norm")(jax.lax.optimization_barrier(y))
+    y = layers.LayerNorm(_NORM_EPSILON, dtype, name="norm")(y)
     y = layers.ACTIVATIONS[c.hidden_act](linear(c, 4 * channels, dtype, "expand")(y))
     if c.model_type == "convnextv2":
       y = ResponseNorm(name="response_norm")(y)

@@ -88,8 +88,9 @@ def _compare(pretrained, folder) -> None:
     again = models.load(str(folder), family=pretrained.family, compute=pretrained.module.compute)
   except errors.UserError as e:
     fail(e)
-  if again.config != pretrained.config:
-    fail(f"its config is {again.config}, was {pretrained.config}")
+  for config in (pretrained.config, pretrained.module.config):
+    if again.config != config:
+      fail(f"its config is {again.config}, was {config}")
   if again.report.initialised or again.report.ignored:
     fail(str(again.report))
   was, now = names.flatten(pretrained.variables), names.flatten(again.variables)

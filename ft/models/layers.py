@@ -10,6 +10,7 @@ Shapes: B batch, T and S positions, H heads, D features, N = product of all lead
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -168,19 +169,21 @@ class DropPath(nn.Module):
 class LayerNorm(nn.Module):
   """Layer normalisation over the last axis (Ba et al. 2016, arXiv:1607.06450).
 
-  Parameters: scale (D,), bias (D,) with use_bias. Statistics in float32, output in `dtype`.
+  Parameters: scale (D,), bias (D,) with use_bias. Statistics in float32, output in `dtype`; `mean`,
+  (..., D) -> (..., 1), computes them.
   """
 
   epsilon: float = 1e-6
   dtype: Any = jnp.float32
   use_bias: bool = True
+  mean: Callable = functools.partial(jnp.mean, axis=-1, keepdims=True)
 
   @nn.compact
   def __call__(self, x):
     scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
     x = x.astype(jnp.float32)
-    centred = x - x.mean(-1, keepdims=True)
-    variance = jnp.square(centred).mean(-1, keepdims=True)
+    centred = x - self.mean(x)
+    variance = self.mean(jnp.square(centred))
     y = centred * jax.lax.rsqrt(variance + self.epsilon) * scale.astype(jnp.float32)
     if self.use_bias:
       y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)

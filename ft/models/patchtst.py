@@ -396,7 +396,8 @@ class Model(nn.Module):
     if self.config.use_cls_token:
       return x[:, :, 0]
     if pooling == "max":
-      return x.max(2)
+      # Not x.max(2): its gradient is 0/0 where a compiler computes x twice and rounds differently.
+      return jnp.take_along_axis(x, x.argmax(2, keepdims=True), 2)[:, :, 0]
     return x.astype(jnp.float32).mean(2).astype(x.dtype)
 
   def _regress(self, features):

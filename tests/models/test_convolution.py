@@ -25,6 +25,8 @@ CASES = [
   (9, 8, 5, 1, ((0, 0), (0, 0))),
   (12, 12, 3, 2, ((0, 0), (0, 0))),
   (6, 6, 3, 1, ((2, 2), (2, 1))),
+  (9, 8, 7, 1, ((3, 3), (3, 3))),
+  (10, 11, 7, 2, "SAME"),
 ]
 
 
@@ -57,13 +59,58 @@ def test_depthwise_forms_agree(height, width, size, stride, padding):
     near(got, want)
 
 
-@pytest.mark.parametrize("size,stride", [(1, 1), (1, 2), (3, 1), (3, 2)])
-def test_convolution_is_the_library_s(size, stride):
+@pytest.mark.parametrize("size,stride,dilation", [
+  (1, 1, 1), (1, 2, 1), (3, 1, 1), (3, 2, 1), (3, 1, 2), (3, 2, 3), (5, 1, 2)])
+def test_convolution_is_the_library_s(size, stride, dilation):
   x, kernel = numbers(2, 9, 8, 3), numbers(size, size, 3, 5, seed=1)
-  padding = convolution.same_padding(x.shape[1:3], (size, size), stride)
+  padding = convolution.same_padding(x.shape[1:3], (size, size), stride, dilation)
   want = lax.conv_general_dilated(x, kernel, (stride, stride), "SAME",
+                                  rhs_dilation=(dilation, dilation),
                                   dimension_numbers=("NHWC", "HWIO", "NHWC"))
-  near(convolution.convolve(x, kernel, stride, padding), want)
+  near(convolution.convolve(x, kernel, stride, padding, dilation), want)
+
+
+@pytest.mark.parametrize("height,width,size", [(8, 12, 4), (9, 7, 2), (11, 13, 3), (4, 4, 4)])
+def test_patches_are_a_convolution_whose_stride_is_its_size(height, width, size):
+  x, kernel = numbers(2, height, width, 3), numbers(size, size, 3, 5, seed=1)
+
+  def both(f):
+    y, back = jax.vjp(f, x, kernel)
+    return (y, *back(jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)))
+
+  got = both(lambda x, k: convolution.convolve(x, k, size))
+  want = both(lambda x, k: lax.conv_general_dilated(
+      x, k, (size, size), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")))
+  for a, b in zip(got, want, strict=True):
+    near(a, b)
+
+
+@pytest.mark.parametrize("limit", [25, 100])
+def test_a_large_kernel_is_one_loop_also_for_several_readers(limit, monkeypatch):
+  monkeypatch.setattr(convolution, "_FUSED_TAPS", limit)
+
+  def normalised(x, kernel):
+    with convolution.using("shifted"):
+      y = convolution.convolve_depthwise(x, kernel, 1, ((3, 3), (3, 3)))
+    y = y - y.mean(-1, keepdims=True)
+    return y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
+
+  jax.clear_caches()
+  text = jax.jit(normalised).lower(numbers(8, 28, 28, 64), numbers(7, 7, 64)).compile().as_text()
+  jax.clear_caches()
+  pieces = [part for part in text.split("\n}\n") if part.count(" slice(") and "while" not in part]
+  print(limit, len(pieces), [part.count(" slice(") for part in pieces])
+  assert len(pieces) == 1 or limit > 25
+
+
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_a_bias_is_added(depthwise):
+  cls = convolution.DepthwiseConv if depthwise else convolution.Conv
+  layer, x = cls(3, 3, use_bias=True), numbers(2, 7, 6, 3)
+  params = layer.init(jax.random.key(0), x)["params"]
+  bias = numbers(3, seed=4)
+  plain = layer.clone(use_bias=False).apply({"params": {"kernel": params["kernel"]}}, x)
+  near(layer.apply({"params": {**params, "bias": bias}}, x), plain + bias)
 
 
 @pytest.mark.parametrize("edge", range(1, 12))

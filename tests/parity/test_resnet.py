@@ -13,6 +13,7 @@ from ft.weights import names
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+# The smallest models that reach every branch: half of a test's time is compilation.
 RESNET = {
     "basic, gelu": dict(
         layer_type="basic", hidden_sizes=[8, 12], depths=[2, 1], embedding_size=6,
@@ -78,7 +79,8 @@ def test_resnet_equals_transformers(case, tmp_path):
   assert pretrained.config.num_labels == 5 and not pretrained.report.ignored
 
 
-@pytest.mark.parametrize("case", BIT)
+@pytest.mark.parametrize("case", [
+    pytest.param(case, marks=pytest.mark.slow if "8" in case else ()) for case in BIT])
 def test_bit_equals_transformers(case, tmp_path):
   check(BIT[case], f"BiT: {case}", tmp_path, "Bit")
 

@@ -207,18 +207,26 @@ def ett(shared):
 
 
 @pytest.mark.slow
-def test_zero_shot_on_etth1(shared):
-  """The published mean squared error is 0.362 (granite-tsfm's table of TTM r1, context 1024)."""
-  pretrained = models.load(str(shared / "weights" / "ttm-1024-96"))
+def test_zero_shot_on_etth1(tsfm, shared):
+  """Mean squared error over the test split: as granite-tsfm's own code finds it for these weights.
+
+  That is 0.7146. For TTM r1 with a context of 1024 steps 0.362 is published: the weights at hand
+  are not those, or not all of them are. Either implementation fails on sine waves with them, too.
+  """
+  source = shared / "weights" / "ttm-1024-96"
+  pretrained = models.load(str(source))
+  model = tsfm.TinyTimeMixerForPrediction.from_pretrained(source).eval()
+  predict = jax.jit(lambda x: pretrained.module.apply(pretrained.variables, past_values=x))
   table, first, last = ett(shared), 16 * 30 * 24, 20 * 30 * 24
-  predict = jax.jit(lambda v, x: pretrained.module.apply(v, past_values=x)["prediction_outputs"])
-  total = count = absolute = 0.0
-  starts = np.arange(first, last - 96 + 1)
+  starts, total = np.arange(first, last - 96 + 1), np.zeros(2)
   for chunk in np.array_split(starts, -(-len(starts) // 64)):
-    chunk = np.pad(chunk, (0, 64 - len(chunk)), mode="edge")[:, None]
-    error = np.asarray(predict(pretrained.variables, table[chunk + np.arange(-1024, 0)]))
-    error = (error - table[chunk + np.arange(96)])[:len(np.unique(chunk))]
-    total, count = total + float(np.square(error).sum()), count + error.size
-    absolute += float(np.abs(error).sum())
-  assert count == len(starts) * 96 * 7
-  assert round(total / count, 3) == 0.362, (total / count, absolute / count)
+    real = len(chunk)
+    chunk = np.pad(chunk, (0, 64 - real), mode="edge")[:, None]
+    context, future = table[chunk + np.arange(-1024, 0)], table[chunk + np.arange(96)]
+    with torch.no_grad():
+      theirs = model(past_values=torch.tensor(context)).prediction_outputs.numpy()
+    ours = np.asarray(predict(context)["prediction_outputs"])
+    total += [float(np.square(y - future)[:real].sum()) for y in (ours, theirs)]
+  ours, theirs = total / (len(starts) * 96 * 7)
+  assert len(starts) == 2785 and abs(ours - theirs) <= 1e-5 * theirs
+  assert round(ours, 4) == 0.7146
