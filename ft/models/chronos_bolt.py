@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ft import errors
-from ft.models import base, heads, layers, t5
+from ft.models import base, heads, layers, series, t5
 from ft.models.surgery import Surgery
 from ft.weights.names import Rule
 
@@ -24,7 +24,6 @@ MODEL_TYPES = ("ChronosBoltModelForForecasting",)
 HEAD = ("params/output_patch_embedding",)
 SURGERY = {"depth": Surgery("num_layers", ("params/encoder",))}
 
-_EPSILON = 1e-5  # the scale of a constant series
 _REG = 1  # row of the token behind the patches
 _KEYS = ("context_length", "prediction_length", "input_patch_size", "input_patch_stride",
          "quantiles", "use_reg_token")
@@ -160,10 +159,10 @@ class Model(nn.Module):
       mask = mask if mask is None else mask[:, -c.context_length:]
     context = context.astype(jnp.float32)
     seen = ~jnp.isnan(context)
-    scaled, loc, scale = standardised(context, seen)
+    scaled, loc, scale = series.standardised(context, seen)
     seen = seen if mask is None else seen & (mask != 0)
-    values = patches(jnp.where(seen, scaled, 0.0), c.input_patch_size, c.input_patch_stride)
-    seen = patches(seen.astype(jnp.float32), c.input_patch_size, c.input_patch_stride)
+    values = series.windows(jnp.where(seen, scaled, 0.0), c.input_patch_size, c.input_patch_stride)
+    seen = series.windows(seen.astype(jnp.float32), c.input_patch_size, c.input_patch_stride)
     x = self.input_patch_embedding(jnp.concatenate([values, seen], -1).astype(self.compute.dtype))
     real = seen.any(-1)
     rows = context.shape[0]
@@ -181,26 +180,6 @@ class Model(nn.Module):
     c = self.config
     y = self.output_patch_embedding(features).astype(jnp.float32)
     return y.reshape(-1, len(c.quantiles), c.prediction_length)
-
-
-def standardised(x, seen):
-  """Returns x (B, T) less its mean, over its deviation, and both (B, 1), of what is seen (B, T)."""
-  count = seen.sum(1, keepdims=True)
-  some = jnp.maximum(count, 1)
-  loc = jnp.where(seen, x, 0.0).sum(1, keepdims=True) / some
-  centred = jnp.where(seen, x - loc, 0.0)
-  scale = jnp.sqrt(jnp.square(centred).sum(1, keepdims=True) / some)
-  scale = jnp.where(count == 0, 1.0, jnp.where(scale == 0, _EPSILON, scale))
-  return centred / scale, loc, scale
-
-
-def patches(x, size: int, stride: int):
-  """Returns x (B, T) as windows (B, P, size), after zeros that make T a multiple of `size`."""
-  x = jnp.pad(x, ((0, 0), (-x.shape[1] % size, 0)))
-  if size == stride:
-    return x.reshape(x.shape[0], -1, size)
-  first = jnp.arange(0, x.shape[1] - size + 1, stride)
-  return x[:, first[:, None] + jnp.arange(size)]
 
 
 def probe_inputs(config: Config) -> dict:

@@ -250,6 +250,45 @@ def _pad(x, rows, columns):
   return lax.optimization_barrier(jnp.pad(x, ((0, 0), rows, columns, (0, 0))))
 
 
+def max_pool(x, size, stride, padding=((0, 0), (0, 0))):
+  """Returns the maxima (B, H', W', C) of x's windows of size x size, `stride` apart.
+
+  The padding is never a maximum. The gradient goes to the first maximum of a window, as in torch.
+  """
+  pool = _pooled if implementation() == "shifted" else _pooled.fun
+  return pool(x, size, stride, tuple(map(tuple, padding)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _pooled(x, size, stride, padding):
+  """`max_pool` whose gradient is a sum of shifted selections: five times faster on a CPU."""
+  return lax.reduce_window(x, -jnp.inf, lax.max, (1, size, size, 1), (1, stride, stride, 1),
+                           ((0, 0), *padding, (0, 0)))
+
+
+def _pooled_forward(x, size, stride, padding):
+  y = _pooled(x, size, stride, padding)
+  return y, (x, y)
+
+
+def _pooled_backward(size, stride, padding, saved, dy):
+  x, y = saved
+  padded = jnp.pad(x, ((0, 0), *padding, (0, 0)), constant_values=-jnp.inf)
+  ends = [n - (m - 1) * stride - 1 for n, m in zip(padded.shape[1:3], y.shape[1:3], strict=True)]
+  dx, free, zero = 0, True, jnp.zeros((), dy.dtype)
+  for i in range(size):
+    for j in range(size):
+      hit = free & (_window(padded, i, j, *y.shape[1:3], stride) == y)
+      free = free & ~hit
+      places = ((0, 0, 0), (i, ends[0] - i, stride - 1), (j, ends[1] - j, stride - 1), (0, 0, 0))
+      dx = dx + lax.pad(jnp.where(hit, dy, zero), zero, places)
+  top, left = padding[0][0], padding[1][0]
+  return (dx[:, top:top + x.shape[1], left:left + x.shape[2]],)
+
+
+_pooled.defvjp(_pooled_forward, _pooled_backward)
+
+
 def channel_sums(x):
   """Returns the sums (C,) of x (..., C) over all other axes, in float32."""
   rows = x.reshape(-1, x.shape[-1])

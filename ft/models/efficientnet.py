@@ -124,6 +124,11 @@ class Config(base.HFConfig):
       "norm_epsilon": ("batch_norm_eps",),
   }
 
+  def __post_init__(self):
+    super().__post_init__()
+    if not self.num_labels:  # the defaults have a classifier
+      object.__setattr__(self, "head", "none")
+
   @classmethod
   def variant(cls, name: str, **changes) -> "Config":
     """Returns the config of "lite0" … "lite4", with changes; UserError for another name."""

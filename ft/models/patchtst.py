@@ -10,12 +10,10 @@ import functools
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ft import errors
-from ft.models import attention, base, convolution, heads, layers
+from ft.models import attention, base, convolution, heads, layers, series
 from ft.models.surgery import Surgery
 from ft.weights.names import Rule
 
@@ -28,18 +26,9 @@ _LAYER, _OURS = "[model.]encoder.layers.{i}.", "params/encoder/layer_{i}/"
 _BATCH, _LAYERNORM = "norm_type=batchnorm", "norm_type=layernorm"
 
 
-def batch_norm_rules(theirs: str, ours: str, only: str = "") -> list[Rule]:
-  """Returns the rules of a torch batch normalisation; `ours` without the collection's name."""
-  leaves = (("weight", "params", "scale"), ("bias", "params", "bias"),
-            ("running_mean", "batch_stats", "mean"), ("running_var", "batch_stats", "var"))
-  return [*(Rule(f"{theirs}.{leaf}", f"{collection}/{ours}/{name}", only=only)
-            for leaf, collection, name in leaves),
-          Rule(f"{theirs}.num_batches_tracked", "", "keep", only)]
-
-
 def _norm(theirs: str, ours: str) -> list[Rule]:
   theirs, ours = _LAYER + theirs, _OURS + ours
-  return [*batch_norm_rules(theirs + ".batchnorm", ours.removeprefix("params/"), _BATCH),
+  return [*series.batch_norm_rules(theirs + ".batchnorm", ours.removeprefix("params/"), _BATCH),
           Rule(theirs + ".weight", ours + "/scale", only=_LAYERNORM),
           Rule(theirs + ".bias", ours + "/bias", only=_LAYERNORM)]
 
@@ -140,7 +129,7 @@ class Config(base.HFConfig):
     if self.d_model % 2 and self.positional_encoding_type == "sincos":
       raise errors.UserError(f"config.json: d_model {self.d_model} should be even for the "
                              "positional_encoding_type 'sincos'")
-    check_series(self, hf)
+    series.check_series(self, hf)
 
   def with_dropout(self, rate: float) -> "Config":
     """Returns the Config with all dropout rates set."""
@@ -155,74 +144,6 @@ class Config(base.HFConfig):
   @property
   def num_patches(self) -> int:
     return (self.context_length - self.patch_length) // self.patch_stride + 1
-
-
-def check_series(config, hf: dict) -> None:
-  """Raises UserError for a context or a way of scaling that `scaled` and `patches` do not serve."""
-  base.one_of(config, "scaling", ("std", "mean", True, False, None))
-  for key, value in (("scaling_dim", 1), ("keepdim", True), ("default_scale", None),
-                     ("minimum_scale", None)):
-    base.only(hf, key, value)
-  if config.context_length <= config.patch_length:
-    raise errors.UserError(f"config.json: context_length {config.context_length} should be more "
-                           f"than patch_length {config.patch_length}")
-
-
-def scaled(values, observed, scaler: str):
-  """Scales each channel by statistics of what was observed of it, as upstream's three scalers do.
-
-  Args:
-    values: (B, T, C); missing ones as 0.
-    observed: (B, T, C), nonzero for values that were observed; None: all were.
-    scaler: "std", mean and standard deviation; "mean", mean of magnitudes; "", not at all.
-
-  Returns:
-    (values (B, T, C), loc (B, 1, C), scale (B, 1, C)), float32: (given - loc) / scale.
-  """
-  values = values.astype(jnp.float32)
-  observed = jnp.ones_like(values) if observed is None else (observed != 0).astype(jnp.float32)
-  count = observed.sum(1, keepdims=True)
-  if scaler == "std":
-    count = jnp.maximum(count, 1.0)
-    loc = (values * observed).sum(1, keepdims=True) / count
-    variance = jnp.square((values - loc) * observed).sum(1, keepdims=True) / count
-    scale = jnp.sqrt(variance + 1e-5)
-    return (values - loc) / scale, loc, scale
-  loc = jnp.zeros_like(count)
-  if not scaler:
-    return values, loc, jnp.ones_like(count)
-  total = jnp.abs(values * observed).sum(1, keepdims=True)
-  # A channel of which nothing was observed is scaled as it is in the rest of the batch.
-  others = total.sum(0, keepdims=True) / jnp.maximum(count.sum(0, keepdims=True), 1.0)
-  scale = jnp.where(count > 0, total / jnp.maximum(count, 1.0), others)
-  scale = jnp.maximum(scale, 1e-10)
-  return values / scale, loc, scale
-
-
-def patches(values, length: int, stride: int):
-  """Cuts (B, T, C) into patches (B, C, P, length), the last of which ends with the series."""
-  count = (values.shape[1] - length) // stride + 1
-  first = values.shape[1] - (length + stride * (count - 1))
-  steps = first + stride * np.arange(count)[:, None] + np.arange(length)
-  return jnp.moveaxis(values[:, steps], 3, 1)
-
-
-def sincos(rng, shape, dtype=jnp.float32):
-  """Returns the fixed position vectors (P, D): sines and cosines, centred, of deviation 0.1."""
-  del rng
-  angles = np.arange(shape[0])[:, None] * np.exp(
-      np.arange(0, shape[1], 2) * -(np.log(10000.0) / shape[1]))
-  table = np.zeros(shape, np.float32)
-  table[:, 0::2], table[:, 1::2] = np.sin(angles), np.cos(angles)
-  table -= table.mean()
-  return jnp.asarray(table / (table.std(ddof=1) * 10), dtype)
-
-
-def positions(module: nn.Module, kind: str, shape):
-  """Returns a module's parameter `positions` (P, D); that of kind "sincos" is not trained."""
-  init = sincos if kind == "sincos" else nn.initializers.normal(1.0)
-  table = module.param("positions", init, shape)
-  return jax.lax.stop_gradient(table) if kind == "sincos" else table
 
 
 def linear(config, features, dtype, name=None, use_bias=True) -> layers.Linear:
@@ -314,7 +235,7 @@ class Encoder(nn.Module):
     c, dtype = self.config, self.compute.dtype
     x = channel_linear(c, c.d_model, dtype, c.share_embedding, "embedding")(x)
     first = int(c.use_cls_token)
-    table = positions(self, c.positional_encoding_type, (c.num_patches + first, c.d_model))
+    table = series.positions(self, c.positional_encoding_type, (c.num_patches + first, c.d_model))
     x = layers.Dropout(c.positional_dropout)(x + table[first:].astype(dtype))
     if c.use_cls_token:
       token = self.param("class_token", nn.initializers.normal(0.02), (1, 1, 1, c.d_model))
@@ -364,8 +285,9 @@ class Model(nn.Module):
     """
     c = self.config
     self._check(past_values)
-    values, loc, scale = scaled(past_values, past_observed_mask, c.scaler)
-    x = self.encoder(patches(values, c.patch_length, c.patch_stride).astype(self.compute.dtype))
+    values, loc, scale = series.scaled(past_values, past_observed_mask, c.scaler)
+    patches = series.patches(values, c.patch_length, c.patch_stride)
+    x = self.encoder(patches.astype(self.compute.dtype))
     pooled = self._pooled(x, c.pooling_type or "mean")
     features = pooled.reshape(x.shape[0], -1)
     outputs = {"last_hidden_state": x, "loc": loc, "scale": scale, "features": features}
@@ -410,14 +332,4 @@ class Model(nn.Module):
 
 def probe_inputs(config: Config) -> dict:
   """Returns a small fixed batch, with missing values, on which an export is compared."""
-  return probe_series(config.context_length, config.num_input_channels)
-
-
-def probe_series(length: int, channels: int) -> dict:
-  """Returns two random walks (2, T, C), of which some values are missing."""
-  rng = np.random.default_rng(0)
-  shape = (2, length, channels)
-  observed = np.ones(shape, np.float32)
-  observed[1, :length // 4] = 0
-  return {"past_values": np.cumsum(rng.normal(size=shape), 1).astype(np.float32) * observed,
-          "past_observed_mask": observed}
+  return series.probe_series(config.context_length, config.num_input_channels)

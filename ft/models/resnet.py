@@ -340,14 +340,14 @@ class Model(nn.Module):
     """Returns what the stem's pooling makes of its convolution."""
     c, around = self.config, ((1, 1), (1, 1))
     if c.model_type != "bit":
-      return nn.max_pool(layers.ACTIVATIONS[c.hidden_act](x), (3, 3), (2, 2), around)
+      return convolution.max_pool(layers.ACTIVATIONS[c.hidden_act](x), 3, 2, around)
     if c.global_padding is None:
       x = _pad(x, around)
     if hasattr(self, "stem_norm"):
       x = self.stem_norm(x)  # its statistics include the padding, as upstream's
     if c.embedding_dynamic_padding:
       x = _pad(x, convolution.same_padding(x.shape[1:3], (3, 3), 2))
-    return nn.max_pool(x, (3, 3), (2, 2))
+    return convolution.max_pool(x, 3, 2)
 
   def head(self, features):
     """Returns the logits (B, labels), float32, of features (B, D)."""

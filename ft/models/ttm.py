@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ft import errors
-from ft.models import attention, base, convolution, heads, layers, patchtst
+from ft.models import attention, base, convolution, heads, layers, series
 from ft.weights.names import Rule
 
 MODALITY = "series"
@@ -35,7 +35,7 @@ def _mixer_rules(theirs: str, ours: str, only: str = "") -> list[Rule]:
 
   def norm(their_name, our_name):
     batch, layer = (f"{kind}&{only}".rstrip("&") for kind in (_BATCH, _LAYERNORM))
-    rules.extend(patchtst.batch_norm_rules(theirs + their_name + ".norm.batchnorm",
+    rules.extend(series.batch_norm_rules(theirs + their_name + ".norm.batchnorm",
                                            (ours + our_name).removeprefix("params/"), batch))
     rules.append(Rule(theirs + their_name + ".norm.weight", ours + our_name + "/scale", only=layer))
     rules.append(Rule(theirs + their_name + ".norm.bias", ours + our_name + "/bias", only=layer))
@@ -139,7 +139,7 @@ class Config(base.HFConfig):
     base.one_of(self, "positional_encoding_type", ("sincos", "random"))
     base.one_of(self, "patch_stride", (self.patch_length,))
     base.only(hf, "num_patches", self.num_patches)
-    patchtst.check_series(self, hf)
+    series.check_series(self, hf)
     if not 0 < self.horizon <= self.prediction_length:
       raise errors.UserError(f"config.json: prediction_filter_length {self.horizon} should be from "
                              f"1 to prediction_length {self.prediction_length}")
@@ -343,7 +343,7 @@ class Encoder(nn.Module):
       y = jnp.broadcast_to(y[:, None, None], (*x.shape[:2], 1, c.d_model))
       x = jnp.concatenate([y, x], 2)
     if c.use_positional_encoding:
-      table = patchtst.positions(self, c.positional_encoding_type, x.shape[2:])
+      table = series.positions(self, c.positional_encoding_type, x.shape[2:])
       x = x + table.astype(dtype)
     return run(c, c.encoder_shape, self.compute, x, c.adaptive_patching_levels)
 
@@ -407,8 +407,8 @@ class Model(nn.Module):
     c = self.config
     self._check(past_values)
     values, observed = (_fitted(a, c.context_length) for a in (past_values, past_observed_mask))
-    values, loc, scale = patchtst.scaled(values, observed, c.scaler)
-    patches = patchtst.patches(values, c.patch_length, c.patch_length).astype(self.compute.dtype)
+    values, loc, scale = series.scaled(values, observed, c.scaler)
+    patches = series.patches(values, c.patch_length, c.patch_length).astype(self.compute.dtype)
     x = self.encoder(patches, freq_token)
     outputs = {"last_hidden_state": x, "loc": loc, "scale": scale,
                "features": x.astype(jnp.float32).mean((1, 2)).astype(x.dtype)}
@@ -441,7 +441,7 @@ def _fitted(a, length: int):
 
 def probe_inputs(config: Config) -> dict:
   """Returns a small fixed batch, with missing values, on which an export is compared."""
-  inputs = patchtst.probe_series(config.context_length, config.num_input_channels)
+  inputs = series.probe_series(config.context_length, config.num_input_channels)
   if config.resolution_prefix_tuning:
     inputs["freq_token"] = jnp.arange(2) % config.frequency_token_vocab_size
   return inputs

@@ -85,9 +85,7 @@ def test_patches_are_a_convolution_whose_stride_is_its_size(height, width, size)
     near(a, b)
 
 
-@pytest.mark.parametrize("limit", [25, 100])
-def test_a_large_kernel_is_one_loop_also_for_several_readers(limit, monkeypatch):
-  monkeypatch.setattr(convolution, "_FUSED_TAPS", limit)
+def test_a_large_kernel_is_one_loop_also_for_several_readers():
 
   def normalised(x, kernel):
     with convolution.using("shifted"):
@@ -95,12 +93,21 @@ def test_a_large_kernel_is_one_loop_also_for_several_readers(limit, monkeypatch)
     y = y - y.mean(-1, keepdims=True)
     return y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + 1e-6)
 
-  jax.clear_caches()
   text = jax.jit(normalised).lower(numbers(8, 28, 28, 64), numbers(7, 7, 64)).compile().as_text()
-  jax.clear_caches()
-  pieces = [part for part in text.split("\n}\n") if part.count(" slice(") and "while" not in part]
-  print(limit, len(pieces), [part.count(" slice(") for part in pieces])
-  assert len(pieces) == 1 or limit > 25
+  taps = [part.count(" multiply(") for part in text.split("\n}\n")]
+  assert max(taps) == 49 and sum(taps) < 2 * 49
+
+
+def test_a_kernel_that_is_not_a_number_spoils_its_own_channel_only():
+  x, kernel = numbers(1, 8, 8, 3), numbers(7, 7, 3, seed=1).at[0, 0, 0].set(jnp.nan)
+  run = jax.jit(lambda x, k: convolution.convolve_depthwise(x, k, 1, ((3, 3), (3, 3))))
+  with convolution.using("shifted"):
+    got = run(x, kernel)
+  with convolution.using("library"):
+    want = jax.jit(lambda x, k: convolution.convolve_depthwise(x, k, 1, ((3, 3), (3, 3))))(
+        x, kernel)
+  near(got[..., 1:], want[..., 1:])
+  assert np.isnan(got[..., 0]).any()
 
 
 @pytest.mark.parametrize("depthwise", [False, True])
@@ -154,6 +161,23 @@ def test_channel_sums_and_their_gradients(implementation):
     near(convolution.channel_sums(x), x.sum((0, 1, 2)))
     got = jax.grad(lambda b: jnp.square(convolution.add_channels(x, b)).sum())(bias)
   near(got, (2 * (x + bias)).sum((0, 1, 2)))
+
+
+@pytest.mark.parametrize("height,width,size,stride,padding", [
+  (9, 8, 3, 2, 1), (8, 8, 3, 2, 0), (7, 9, 2, 2, 0), (6, 6, 3, 1, 1), (7, 7, 2, 3, 0)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_pooling_is_the_library_s(height, width, size, stride, padding, ties):
+  x = numbers(2, height, width, 3)
+  x = jnp.round(x) if ties else x
+
+  def both(implementation):
+    with convolution.using(implementation):
+      y, back = jax.vjp(
+          lambda x: convolution.max_pool(x, size, stride, ((padding, padding),) * 2), x)
+      return y, back(numbers(*y.shape, seed=2))[0]
+
+  for got, want in zip(both("shifted"), both("library"), strict=True):
+    near(got, want)
 
 
 def test_relu6_has_no_gradient_at_its_corners():

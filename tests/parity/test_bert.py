@@ -113,7 +113,8 @@ DECODER = {"bert": "cls.predictions.decoder", "roberta": "lm_head.decoder",
            "electra": "generator_lm_head"}
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "electra"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", pytest.param("distilbert", marks=SLOW),
+                                  pytest.param("electra", marks=SLOW)])
 def test_masked_word_files_of_transformers_4(kind, tmp_path):
   """They hold the tied decoder, too, and the positions; all of it is given back."""
   model = tiny(kind, 0, "mlm")
@@ -218,8 +219,8 @@ def trained(source, pooling, **kwargs):
 
 
 @pytest.mark.parametrize("kind,head", [
-    ("bert", "none"), ("bert", "mlm"), ("xlm-roberta", "none"), ("distilbert", "mlm"),
-    pytest.param("electra", "mlm", marks=SLOW)])
+    ("bert", "none"), ("distilbert", "mlm"), *(pytest.param(*case, marks=SLOW) for case in (
+        ("bert", "mlm"), ("xlm-roberta", "none"), ("electra", "mlm")))])
 def test_transformers_opens_an_exported_classifier(kind, head, tmp_path):
   tiny(kind, 0, head).save_pretrained(tmp_path / "base")
   pretrained = trained(tmp_path / "base", "cls")

@@ -282,8 +282,10 @@ def test_tiny_en_equals_transformers(shared, tiny_en, tmp_path):
   """Outputs, and gradients of the loss that tuning uses: cross-entropy of what is said.
 
   The gradients are compared with transformers' in float64, its own in float32 being off by 5e-3
-  where the model is sure of a word and the loss hardly depends on it.
+  where the model is sure of a word and the loss hardly depends on it. They are compiled as they are
+  in use: what XLA leaves unoptimised sums in another order, which costs a digit here.
   """
+  jax.config.update("jax_disable_most_optimizations", False)
   from tokenizers import Tokenizer
   folder, model = tiny_en
   said = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(
@@ -294,6 +296,8 @@ def test_tiny_en_equals_transformers(shared, tiny_en, tmp_path):
   pretrained = harness.check("whisper", "whisper-tiny.en", model, inputs, LOGITS, tmp_path,
                              gradients=False, table=False)
   exact = transformers.WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float64)
+  # Fixed by the model's class, which from_pretrained forgets.
+  exact.model.encoder.embed_positions.weight.requires_grad_(False)
   given = harness.as_torch(inputs)
   logits = exact(**{**given, "input_features": given["input_features"].double()}).logits
   torch.nn.functional.cross_entropy(logits[0, 1:], torch.tensor(labels)).backward()
