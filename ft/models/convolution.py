@@ -255,15 +255,19 @@ def max_pool(x, size, stride, padding=((0, 0), (0, 0))):
 
   The padding is never a maximum. The gradient goes to the first maximum of a window, as in torch.
   """
-  pool = _pooled if implementation() == "shifted" else _pooled.fun
+  pool = _pooled if implementation() == "shifted" else _library_pool
   return pool(x, size, stride, tuple(map(tuple, padding)))
+
+
+def _library_pool(x, size, stride, padding):
+  return lax.reduce_window(x, -jnp.inf, lax.max, (1, size, size, 1), (1, stride, stride, 1),
+                           ((0, 0), *padding, (0, 0)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _pooled(x, size, stride, padding):
   """`max_pool` whose gradient is a sum of shifted selections: five times faster on a CPU."""
-  return lax.reduce_window(x, -jnp.inf, lax.max, (1, size, size, 1), (1, stride, stride, 1),
-                           ((0, 0), *padding, (0, 0)))
+  return _library_pool(x, size, stride, padding)
 
 
 def _pooled_forward(x, size, stride, padding):

@@ -37,12 +37,12 @@ def upstream(case, head="ForImageClassification"):
   """Returns a random transformers model in evaluation mode."""
   kind, settings = (CASES | MORE)[case]
   config = getattr(transformers, kind + "Config")(
-      initializer_range=0.2, image_size=24, num_labels=5, **settings)
+      initializer_range=0.2, image_size=40, num_labels=5, **settings)
   torch.manual_seed(0)
   return harness.randomise(getattr(transformers, kind + head)(config))
 
 
-def images(model, height=37, width=30, rows=2):
+def images(model, height=37, width=33, rows=2):
   shape = (rows, height, width, model.config.num_channels)
   return {"pixel_values": np.random.default_rng(3).normal(size=shape).astype(np.float32)}
 

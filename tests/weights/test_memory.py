@@ -17,9 +17,11 @@ SIZES = {"vocab_size": 60_000, "hidden_size": 768, "num_hidden_layers": 12,
          "num_attention_heads": 12, "intermediate_size": 3072, "max_position_embeddings": 512,
          "type_vocab_size": 2}
 PROGRAM = """
-import json, sys
+import functools, json, sys
 import jax
-from ft import models
+from ml_collections import ConfigDict
+from ft import mesh, models
+from ft.models import layers
 
 def kib(name):
   line = next(l for l in open("/proc/self/status") if l.startswith(name + ":"))
@@ -28,10 +30,17 @@ def kib(name):
 jax.numpy.zeros(1).block_until_ready()
 models.families()
 models.family_module("bert")
+devices, scan = int(sys.argv[2]), sys.argv[3] == "scan"
+grid = mesh.make(ConfigDict(dict(data=-1, fsdp=devices, tensor=1)))
 before = kib("VmRSS")
-loaded = models.load(sys.argv[1])
+loaded = models.load(sys.argv[1], sharding=functools.partial(mesh.shard, grid),
+                     compute=layers.Compute(scan=scan))
 jax.block_until_ready(loaded.variables)
-size = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.variables))
+leaves = jax.tree.leaves(loaded.variables)
+size = sum(leaf.nbytes for leaf in leaves)
+held = [sum(s.data.nbytes for leaf in leaves for s in leaf.addressable_shards if s.device == d)
+        for d in jax.devices()]
+assert len(held) == devices and max(held) < 1.1 * size / devices, held
 print(json.dumps({"bytes": size, "growth": (kib("VmHWM") - before) * 1024}))
 """
 
@@ -74,12 +83,15 @@ def bert_tensors():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
-def test_peak_memory_of_loading(tmp_path):
+@pytest.mark.parametrize("devices,scan", [(1, ""), (8, ""), (8, "scan")])
+def test_peak_memory_of_loading(tmp_path, devices, scan):
   tensors.write_safetensors(tmp_path / "model.safetensors", bert_tensors(), {"format": "pt"})
   (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", **SIZES}))
   done = subprocess.run(
-      [sys.executable, "-c", PROGRAM, str(tmp_path)], cwd=ROOT, text=True, capture_output=True,
-      timeout=300, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+      [sys.executable, "-c", PROGRAM, str(tmp_path), str(devices), scan], cwd=ROOT, text=True,
+      capture_output=True, timeout=300, env={
+          **os.environ, "JAX_PLATFORMS": "cpu",
+          "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"})
   (tmp_path / "model.safetensors").unlink()  # half a gigabyte
   assert done.returncode == 0, done.stderr[-3000:]
   found = json.loads(done.stdout.splitlines()[-1])
