@@ -240,6 +240,7 @@ def test_surgery(tmp_path):
   assert got.shape[-1] == 51 and harness.difference(got * real, want * real) < 1e-4
 
 
+@pytest.mark.slow
 def test_dropout_acts_with_an_rng_only(tmp_path):
   build("M2M100Model", **TINY, encoder_layerdrop=0.9).save_pretrained(tmp_path)
   pretrained = models.load(str(tmp_path), dropout=0.5)

@@ -107,6 +107,7 @@ def test_the_token_that_stands_for_a_text(eos, tmp_path):
     assert harness.difference(got[name], want[name]) <= harness.TOLERANCE, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
 def test_losses(kind, tmp_path):
   model = build(kind)
@@ -171,6 +172,7 @@ def test_a_labelled_tower_is_read_as_a_classifier(kind, tmp_path):
   harness.same_tensors(tmp_path / "out", tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_surgery(tmp_path):
   model = build("CLIP")
   model.save_pretrained(tmp_path / "old")
@@ -222,6 +224,7 @@ def test_old_files(tmp_path):
   assert upstream.text_config.num_hidden_layers == 2
 
 
+@pytest.mark.slow
 def test_dropout(tmp_path):
   build("CLIP").save_pretrained(tmp_path / "old")
   pretrained = models.load(str(tmp_path / "old"), dropout=0.4)

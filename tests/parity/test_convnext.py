@@ -89,6 +89,7 @@ def load(case, folder, **kwargs):
   return model, models.load(str(folder), **kwargs)
 
 
+@pytest.mark.slow
 def test_stochastic_depth(tmp_path):
   model, pretrained = load(list(CASES)[0], tmp_path, dropout=0.9)
   rates = pretrained.config.drop_rates()
@@ -131,6 +132,7 @@ def test_a_channel_that_is_not_active_has_a_gradient():
   assert np.isfinite(np.asarray(gradient)).all()
 
 
+@pytest.mark.slow
 def test_other_labels_and_channels(tmp_path):
   model, pretrained = load(list(CASES)[2], tmp_path, labels=("a", "b"), changes={"channels": 5})
   assert sorted(pretrained.report.initialised) == ["params/classifier/bias",
@@ -146,6 +148,7 @@ def test_other_labels_and_channels(tmp_path):
   assert harness.difference(got, want) <= harness.TOLERANCE
 
 
+@pytest.mark.slow
 def test_bfloat16(tmp_path):
   model, pretrained = load(list(CASES)[2], tmp_path, compute=layers.Compute(jnp.bfloat16))
   out = pretrained.module.apply(pretrained.variables, **images(model))

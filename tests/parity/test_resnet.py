@@ -135,6 +135,7 @@ def test_batch_statistics_move_only_where_mutable(tmp_path):
     assert harness.difference(updates[path], value) <= harness.TOLERANCE, path
 
 
+@pytest.mark.slow
 def test_stochastic_depth_is_of_bit_only(tmp_path):
   case = "preactivation, explicit padding"
   model, pretrained = load(BIT[case], tmp_path / "bit", "Bit", dropout=0.9)
@@ -164,6 +165,7 @@ def test_other_labels_and_channels(kind, settings, tmp_path):
   assert harness.difference(got, want) <= harness.TOLERANCE
 
 
+@pytest.mark.slow
 def test_half_precision(tmp_path):
   for kind, settings in (("ResNet", RESNET["basic, gelu"]), ("Bit", list(BIT.values())[0])):
     model, pretrained = load(settings, tmp_path / kind, kind, compute=layers.Compute(jnp.bfloat16))

@@ -122,6 +122,7 @@ def test_contexts_of_other_lengths(tsfm, tmp_path):
     assert harness.difference(got, want) <= harness.TOLERANCE
 
 
+@pytest.mark.slow
 def test_another_horizon_makes_a_new_head_and_a_body_gets_one(tsfm, tmp_path):
   build(tsfm, LEVELS).save_pretrained(tmp_path)
   body = models.load(str(tmp_path), head="none")

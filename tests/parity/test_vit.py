@@ -353,6 +353,7 @@ def test_antialiased_interpolation_equals_torch():
     assert harness.difference(vit_blocks.resample(jnp.asarray(grid), size), want) < 1e-5
 
 
+@pytest.mark.slow
 def test_dropout_and_stochastic_depth(tmp_path):
   config = {**DINO[PLAIN], "drop_path_rate": 0.5}
   build(transformers.Dinov2Model, config).save_pretrained(tmp_path)
