@@ -19,10 +19,9 @@ import pathlib
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
 from ft import errors
-from ft.models import attention, base, layers
+from ft.models import attention, base, decoder, layers
 from ft.models import rope as rotary
 from ft.models.surgery import Surgery
 from ft.weights.names import Rule
@@ -297,11 +296,8 @@ class Layer(nn.Module):
     return x + (norm(c, compute, "post_mlp_norm")(y) if after else y)
 
 
-class Model(nn.Module):
-  """A Gemma: token ids -> a dict, see `__call__`. Dropout acts iff given a "dropout" rng."""
-
-  config: Config
-  compute: layers.Compute = layers.Compute()
+class Model(decoder.Decoder):
+  """A Gemma, see `decoder.Decoder`."""
 
   def setup(self):
     c, compute = self.config, self.compute
@@ -313,33 +309,11 @@ class Model(nn.Module):
     if c.num_labels:
       self.classifier = linear(c, compute, c.num_labels, False)
 
-  @nn.compact
-  def __call__(self, input_ids, attention_mask=None, position_ids=None, segment_ids=None,
-               cache_index=None):
-    """Applies the model.
-
-    Args:
-      input_ids: (B, T) int.
-      attention_mask: (B, S), 1 for real tokens and 0 for padding on either side; None: all are
-        real. With a cache it speaks of all slots, those still to be filled included.
-      position_ids: (B, T) int; None: the slot's number.
-      segment_ids: (B, T) int, the document of each token where a row holds several; give
-        position_ids with them. Not with a cache.
-      cache_index: slot of the first token; keys and values are then kept in the collection
-        "cache", and those of all slots are attended to. None: no cache.
-
-    Returns:
-      last_hidden_state (B, T, D), features (B, D), which are the last real token's, and logits
-      float32: (B, T, V) of a language model, (B, C) of a classifier.
-    """
+  def body(self, input_ids, position_ids, mask):
     c, compute = self.config, self.compute
-    if position_ids is None:
-      first = 0 if cache_index is None else cache_index
-      position_ids = jnp.arange(input_ids.shape[1])[None] + first
+    mask = mask.replace(causal=not c.use_bidirectional_attention)
     far = rotary.angles(c.rope, position_ids, compute.dtype)
     near = rotary.angles(c.local_rope, position_ids, compute.dtype) if c.two_ropes else far
-    mask = attention.Mask(attention_mask, segment_ids, cache_index,
-                          causal=not c.use_bidirectional_attention)
     windows, each = c.windows(), {}
     if len(set(c.layer_types)) > 1:
       each = {"window": windows, "local": [int(kind == LOCAL) for kind in c.layer_types]}
@@ -347,26 +321,13 @@ class Model(nn.Module):
       far = near
     x = self.embed_tokens(input_ids)
     x = x * jnp.asarray(c.hidden_size**0.5, x.dtype)  # rounded to that dtype, as upstream does
-    x = layers.run_layers(functools.partial(Layer, c, compute), c.num_hidden_layers, compute,
-                          x, mask, (far, near), each=each)
-    x = self.norm(x)
-    real = attention_mask if cache_index is None else None
-    outputs = {"last_hidden_state": x, "features": layers.last_token(x, real)}
-    if c.head == "lm":
-      outputs["logits"] = self.lm_logits(x)
-    elif c.num_labels:
-      outputs["logits"] = self.head(outputs["features"])
-    return outputs
+    return layers.run_layers(functools.partial(Layer, c, compute), c.num_hidden_layers, compute,
+                             x, mask, (far, near), each=each)
 
   def lm_logits(self, hidden):
     """Returns the scores (…, V) float32 of the next token, for last_hidden_state (…, D)."""
-    output = self.embed_tokens.attend if self.config.tie_word_embeddings else self.lm_head
-    logits, cap = output(hidden).astype(jnp.float32), self.config.final_logit_softcapping
+    logits, cap = super().lm_logits(hidden), self.config.final_logit_softcapping
     return jnp.tanh(logits / cap) * cap if cap else logits
-
-  def head(self, features):
-    """Returns the logits (B, C) float32 of features (B, D)."""
-    return self.classifier(features).astype(jnp.float32)
 
 
 def linear(config, compute, features, bias, name=None) -> layers.Linear:
@@ -412,8 +373,4 @@ def companions(config: Config, files: dict) -> dict:
 
 def probe_inputs(config: Config) -> dict:
   """Returns a small fixed batch, with padding, on which an export is compared with its reload."""
-  rng = np.random.default_rng(0)
-  mask = np.ones((2, 10), np.int32)
-  mask[1, 6:] = 0
-  return {"input_ids": rng.integers(0, config.vocab_size, mask.shape, np.int32),
-          "attention_mask": mask}
+  return decoder.probe_tokens(config.vocab_size)

@@ -11,10 +11,9 @@ import functools
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
 from ft import errors
-from ft.models import attention, base, layers
+from ft.models import attention, base, decoder, layers
 from ft.models.surgery import Surgery
 from ft.weights.names import Rule
 
@@ -155,11 +154,8 @@ class Layer(nn.Module):
     return x + drop(MLP(c, compute, name="mlp")(y))
 
 
-class Model(nn.Module):
-  """GPT-2: token ids -> a dict, see `__call__`. Dropout acts iff apply is given a "dropout" rng."""
-
-  config: Config
-  compute: layers.Compute = layers.Compute()
+class Model(decoder.Decoder):
+  """GPT-2, see `decoder.Decoder`."""
 
   def setup(self):
     c, compute = self.config, self.compute
@@ -173,57 +169,20 @@ class Model(nn.Module):
     if c.num_labels:
       self.classifier = linear(c, compute, c.num_labels, bias=False)
 
-  @nn.compact
-  def __call__(self, input_ids, attention_mask=None, position_ids=None, segment_ids=None,
-               cache_index=None):
-    """Applies the model.
-
-    Args:
-      input_ids: (B, T) int, T up to config.n_positions.
-      attention_mask: (B, S), 1 for real tokens and 0 for padding on either side; None: all are
-        real. With a cache it speaks of all slots, those still to be filled included.
-      position_ids: (B, T) int; None: the slot's number.
-      segment_ids: (B, T) int, the document of each token where a row holds several; give
-        position_ids with them. Not with a cache.
-      cache_index: slot of the first token; keys and values are then kept in the collection
-        "cache", and those of all slots are attended to. None: no cache.
-
-    Returns:
-      last_hidden_state (B, T, D), features (B, D), which are the last real token's, and logits
-      float32: (B, T, V) of a language model, (B, C) of a classifier.
-
-    Raises:
-      UserError: more tokens than the model has positions, and no position_ids.
-    """
-    c, compute, length = self.config, self.compute, input_ids.shape[1]
-    if position_ids is None:
-      if isinstance(length, int) and length > c.n_positions:  # it is symbolic in an export
-        raise errors.UserError(f"a text of {length} tokens; the model has {c.n_positions} "
-                               "positions")
-      position_ids = jnp.arange(length)[None] + (0 if cache_index is None else cache_index)
-    mask = attention.Mask(attention_mask, segment_ids, cache_index, causal=True)
+  def body(self, input_ids, position_ids, mask):
+    c, compute = self.config, self.compute
     divided = c.scale_attn_by_inverse_layer_idx
     each = {"divisor": [float(i + 1) for i in range(c.n_layer)]} if divided else {}
     x = self.dropout(self.embed_tokens(input_ids) + self.embed_positions(position_ids))
-    x = layers.run_layers(functools.partial(Layer, c, compute), c.n_layer, compute, x, mask,
-                          each=each)
-    x = self.norm(x)
-    real = attention_mask if cache_index is None else None
-    outputs = {"last_hidden_state": x, "features": layers.last_token(x, real)}
-    if c.head == "lm":
-      outputs["logits"] = self.lm_logits(x)
-    elif c.num_labels:
-      outputs["logits"] = self.head(outputs["features"])
-    return outputs
+    return layers.run_layers(functools.partial(Layer, c, compute), c.n_layer, compute, x, mask,
+                             each=each)
 
-  def lm_logits(self, hidden):
-    """Returns the scores (…, V) float32 of the next token, for last_hidden_state (…, D)."""
-    output = self.embed_tokens.attend if self.config.tie_word_embeddings else self.lm_head
-    return output(hidden).astype(jnp.float32)
-
-  def head(self, features):
-    """Returns the logits (B, C) float32 of features (B, D)."""
-    return self.classifier(features).astype(jnp.float32)
+  def positions(self, length, cache_index):
+    """Returns the positions (1, T); UserError for more tokens than the model has positions."""
+    limit = self.config.n_positions
+    if isinstance(length, int) and length > limit:  # it is symbolic in an export
+      raise errors.UserError(f"a text of {length} tokens; the model has {limit} positions")
+    return super().positions(length, cache_index)
 
 
 def linear(config, compute, features, name=None, bias=True, last=False) -> layers.Linear:
@@ -239,8 +198,4 @@ def norm(config, compute, name=None) -> layers.LayerNorm:
 
 def probe_inputs(config: Config) -> dict:
   """Returns a small fixed batch, with padding, on which an export is compared with its reload."""
-  rng = np.random.default_rng(0)
-  mask = np.ones((2, min(12, config.n_positions)), np.int32)
-  mask[1, mask.shape[1] // 2:] = 0
-  return {"input_ids": rng.integers(0, config.vocab_size, mask.shape, np.int32),
-          "attention_mask": mask}
+  return decoder.probe_tokens(config.vocab_size, min(12, config.n_positions))
