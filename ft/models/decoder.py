@@ -72,6 +72,12 @@ class Decoder(nn.Module):
     return self.classifier(features).astype(jnp.float32)
 
 
+def linear(config, compute, features, bias, name=None) -> layers.Linear:
+  """Returns a linear layer that starts as the config says."""
+  init = nn.initializers.normal(config.initializer_range)
+  return layers.Linear(features, bias, compute.dtype, init, name=name)
+
+
 def probe_tokens(vocab_size: int, length: int = 12) -> dict:
   """Returns a small fixed batch, with padding, on which an export is compared with its reload."""
   rng = np.random.default_rng(0)

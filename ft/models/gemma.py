@@ -21,7 +21,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ft import errors
-from ft.models import attention, base, decoder, layers
+from ft.models import attention, base, decoder, heads, layers
 from ft.models import rope as rotary
 from ft.models.surgery import Surgery
 from ft.weights.names import Rule
@@ -40,8 +40,7 @@ _LAYER, _OURS = _BASE + "layers.{i}.", "params/layer_{i}/"
 
 
 def _linear(theirs: str, ours: str) -> list[Rule]:
-  return [Rule(_LAYER + theirs + ".weight", _OURS + ours + "/kernel", "transpose"),
-          Rule(_LAYER + theirs + ".bias", _OURS + ours + "/bias")]
+  return heads.linear_rules(_LAYER + theirs, _OURS + ours)
 
 
 def _norm(theirs: str, ours: str, only: str = "") -> Rule:
@@ -236,7 +235,7 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x, mask, angles, window):
     c, compute = self.config, self.compute
-    q, k, v = layers.fused([linear(c, compute, heads * c.head_dim, c.attention_bias, name)
+    q, k, v = layers.fused([decoder.linear(c, compute, heads * c.head_dim, c.attention_bias, name)
                             for name, heads in (("query", c.num_attention_heads),
                                                 ("key", c.num_key_value_heads),
                                                 ("value", c.num_key_value_heads))], x)
@@ -251,7 +250,7 @@ class Attention(nn.Module):
                             drop=layers.Dropout(c.attention_dropout),
                             implementation=compute.attention)
     y = y.reshape(*x.shape[:2], -1)
-    return linear(c, compute, c.hidden_size, c.attention_bias, "output")(y)
+    return decoder.linear(c, compute, c.hidden_size, c.attention_bias, "output")(y)
 
 
 class MLP(nn.Module):
@@ -263,10 +262,10 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, x):
     c, compute = self.config, self.compute
-    gate, up = layers.fused([linear(c, compute, c.intermediate_size, False, name)
+    gate, up = layers.fused([decoder.linear(c, compute, c.intermediate_size, False, name)
                              for name in ("gate", "up")], x)
     y = layers.ACTIVATIONS[c.hidden_activation](gate) * up
-    return linear(c, compute, c.hidden_size, False, "down")(y)
+    return decoder.linear(c, compute, c.hidden_size, False, "down")(y)
 
 
 class Layer(nn.Module):
@@ -305,9 +304,9 @@ class Model(decoder.Decoder):
     self.embed_tokens = layers.Embedding(c.vocab_size, c.hidden_size, compute.dtype, init)
     self.norm = norm(c, compute)
     if c.head == "lm" and not c.tie_word_embeddings:
-      self.lm_head = linear(c, compute, c.vocab_size, False)
+      self.lm_head = decoder.linear(c, compute, c.vocab_size, False)
     if c.num_labels:
-      self.classifier = linear(c, compute, c.num_labels, False)
+      self.classifier = decoder.linear(c, compute, c.num_labels, False)
 
   def body(self, input_ids, position_ids, mask):
     c, compute = self.config, self.compute
@@ -328,12 +327,6 @@ class Model(decoder.Decoder):
     """Returns the scores (…, V) float32 of the next token, for last_hidden_state (…, D)."""
     logits, cap = super().lm_logits(hidden), self.config.final_logit_softcapping
     return jnp.tanh(logits / cap) * cap if cap else logits
-
-
-def linear(config, compute, features, bias, name=None) -> layers.Linear:
-  """Returns a linear layer that starts as the config says."""
-  init = nn.initializers.normal(config.initializer_range)
-  return layers.Linear(features, bias, compute.dtype, init, name=name)
 
 
 def norm(config, compute, name=None) -> layers.RMSNorm:

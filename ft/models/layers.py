@@ -129,13 +129,10 @@ def keep_mask(rng, shape, rate: float):
 class Dropout(nn.Module):
   """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate).
 
-  The identity where no rng stream "dropout" was passed to apply. With `whole`, all elements of an
-  example (of the leading axis) have the same fate: stochastic depth (Huang et al. 2016,
-  arXiv:1603.09382).
+  The identity where no rng stream "dropout" was passed to apply.
   """
 
   rate: float
-  whole: bool = False
 
   @nn.compact
   def __call__(self, x):
@@ -143,8 +140,7 @@ class Dropout(nn.Module):
       raise ValueError(f"dropout rate {self.rate} is outside [0, 1)")
     if self.rate == 0.0 or not self.has_rng("dropout"):
       return x
-    shape = (x.shape[0], *(1,) * (x.ndim - 1)) if self.whole else x.shape
-    keep = keep_mask(self.make_rng("dropout"), shape, self.rate)
+    keep = keep_mask(self.make_rng("dropout"), x.shape, self.rate)
     return jnp.where(keep, x * jnp.asarray(1.0 / (1.0 - self.rate), x.dtype), jnp.zeros_like(x))
 
 

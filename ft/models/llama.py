@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ft import errors
-from ft.models import attention, base, decoder, layers
+from ft.models import attention, base, decoder, heads, layers
 from ft.models import rope as rotary
 from ft.models.surgery import Surgery
 from ft.weights.names import Rule
@@ -36,8 +36,7 @@ _LAYER, _OURS = "[model.]layers.{i}.", "params/layer_{i}/"
 
 
 def _linear(theirs: str, ours: str) -> list[Rule]:
-  return [Rule(_LAYER + theirs + ".weight", _OURS + ours + "/kernel", "transpose"),
-          Rule(_LAYER + theirs + ".bias", _OURS + ours + "/bias")]
+  return heads.linear_rules(_LAYER + theirs, _OURS + ours)
 
 
 def _norm(theirs: str, ours: str) -> Rule:
@@ -284,7 +283,7 @@ class Attention(nn.Module):
     y = attention.attention(q, k, v, mask, window=window, drop=layers.Dropout(c.attention_dropout),
                             implementation=compute.attention)
     y = y.reshape(*x.shape[:2], -1)
-    return linear(c, compute, c.hidden_size, c.biased("output"), "output")(y)
+    return decoder.linear(c, compute, c.hidden_size, c.biased("output"), "output")(y)
 
   def _project(self, x) -> tuple:
     """Returns q (B, T, H, F), k and v (B, T, K, F), before rotation."""
@@ -292,11 +291,12 @@ class Attention(nn.Module):
     sizes = [heads * c.head_dim for heads in (
         c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)]
     if c.variant.joined:
-      y = linear(c, compute, sum(sizes), c.biased("qkv"), "qkv")(x)
+      y = decoder.linear(c, compute, sum(sizes), c.biased("qkv"), "qkv")(x)
       q, k, v = jnp.split(y, [sizes[0], sizes[0] + sizes[1]], axis=-1)
     else:
-      q, k, v = layers.fused([linear(c, compute, size, c.biased("qkv"), name) for size, name in
-                              zip(sizes, ("query", "key", "value"), strict=True)], x)
+      names = ("query", "key", "value")
+      q, k, v = layers.fused([decoder.linear(c, compute, size, c.biased("qkv"), name)
+                              for size, name in zip(sizes, names, strict=True)], x)
     if kind == "all":
       q, k = norm(c, compute, "query_norm")(q), norm(c, compute, "key_norm")(k)
     q, k, v = (y.reshape(*x.shape[:2], -1, c.head_dim) for y in (q, k, v))
@@ -315,13 +315,13 @@ class MLP(nn.Module):
   def __call__(self, x):
     c, compute, bias = self.config, self.compute, self.config.biased("mlp")
     if c.variant.joined:
-      y = linear(c, compute, 2 * c.intermediate_size, bias, "gate_up")(x)
+      y = decoder.linear(c, compute, 2 * c.intermediate_size, bias, "gate_up")(x)
       gate, up = jnp.split(y, 2, axis=-1)
     else:
-      gate, up = layers.fused([linear(c, compute, c.intermediate_size, bias, name)
+      gate, up = layers.fused([decoder.linear(c, compute, c.intermediate_size, bias, name)
                                for name in ("gate", "up")], x)
     y = layers.ACTIVATIONS[c.hidden_act](gate) * up
-    return linear(c, compute, c.hidden_size, bias, "down")(y)
+    return decoder.linear(c, compute, c.hidden_size, bias, "down")(y)
 
 
 class Layer(nn.Module):
@@ -363,9 +363,9 @@ class Model(decoder.Decoder):
     self.embed_tokens = layers.Embedding(c.vocab_size, c.hidden_size, compute.dtype, init)
     self.norm = norm(c, compute)
     if c.head == "lm" and not c.tie_word_embeddings:
-      self.lm_head = linear(c, compute, c.vocab_size, False)
+      self.lm_head = decoder.linear(c, compute, c.vocab_size, False)
     if c.num_labels:
-      self.classifier = linear(c, compute, c.num_labels, False)
+      self.classifier = decoder.linear(c, compute, c.num_labels, False)
 
   def body(self, input_ids, position_ids, mask):
     c, compute, slots = self.config, self.compute, None
@@ -378,12 +378,6 @@ class Model(decoder.Decoder):
     each |= {"rotated": c.rotated()} if 0 in c.rotated() else {}
     return layers.run_layers(functools.partial(Layer, c, compute), c.num_hidden_layers, compute,
                              self.embed_tokens(input_ids), mask, angles, each=each)
-
-
-def linear(config, compute, features, bias, name=None) -> layers.Linear:
-  """Returns a linear layer that starts as the config says."""
-  init = nn.initializers.normal(config.initializer_range)
-  return layers.Linear(features, bias, compute.dtype, init, name=name)
 
 
 def norm(config, compute, name=None) -> layers.RMSNorm:

@@ -156,7 +156,7 @@ class Layer(nn.Module):
       return layers.Dropout(c.hidden_dropout_prob)(y)
     start = nn.initializers.constant(c.layerscale_value)
     y = y * self.param(f"scale_{place}", start, (c.hidden_size,)).astype(y.dtype)
-    return layers.Dropout(c.drop_path_rate, whole=True)(y)
+    return layers.DropPath(c.drop_path_rate)(y)
 
 
 class Encoder(nn.Module):
