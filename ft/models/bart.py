@@ -53,16 +53,16 @@ def _stack(name: str, places: tuple) -> list[Rule]:
       Rule(theirs + "embed_positions.(weight|weights)", transform="keep",
            only="model_type=marian|m2m_100"),
       Rule(theirs + "version", transform="keep"),
-      *heads.norm_rules(theirs + "layernorm_embedding", ours + "embedding_norm",
+      *base.norm_rules(theirs + "layernorm_embedding", ours + "embedding_norm",
                         "model_type=bart|mbart"),
-      *heads.norm_rules(theirs + "layer_norm", ours + "norm", "model_type=mbart|m2m_100")]
+      *base.norm_rules(theirs + "layer_norm", ours + "norm", "model_type=mbart|m2m_100")]
   for place in places:
     for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-      rules += heads.linear_rules(f"{block}{place}.{part}", f"{layer}{place}/{part}")
+      rules += base.linear_rules(f"{block}{place}.{part}", f"{layer}{place}/{part}")
   for part in ("fc1", "fc2"):
-    rules += heads.linear_rules(block + part, layer + part)
+    rules += base.linear_rules(block + part, layer + part)
   for place in (*places, "final"):
-    rules += heads.norm_rules(f"{block}{place}_layer_norm", f"{layer}{place}_norm")
+    rules += base.norm_rules(f"{block}{place}_layer_norm", f"{layer}{place}_norm")
   return rules
 
 
@@ -77,8 +77,8 @@ NAMES = [
     Rule("lm_head.weight", "params/lm_head/kernel", "transpose",
          "head=lm&tie_word_embeddings=False"),
     Rule("final_logits_bias", "buffers/final_logits_bias", only="head=lm"),
-    *heads.linear_rules("classification_head.dense", "params/dense", "head=classify"),
-    *heads.linear_rules("classification_head.out_proj", "params/classifier", "head=classify"),
+    *base.linear_rules("classification_head.dense", "params/dense", "head=classify"),
+    *base.linear_rules("classification_head.out_proj", "params/classifier", "head=classify"),
 ]
 
 

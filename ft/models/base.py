@@ -1,4 +1,4 @@
-"""What the families' configs share: a config.json read, checked, and written back."""
+"""What the families share: config.json read, checked and written; rules of their name tables."""
 
 import dataclasses
 import json
@@ -7,6 +7,7 @@ import typing
 from typing import Any, ClassVar
 
 from ft import errors
+from ft.weights.names import Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,3 +187,15 @@ def only(hf: dict, key: str, value: Any) -> None:
   """Raises UserError if config.json states another value for a key that the family ignores."""
   if hf.get(key, value) != value and hf.get(key) is not None:
     raise errors.UserError(f"config.json: {key}={hf[key]!r} is not supported, only {value!r}")
+
+
+def linear_rules(theirs: str, ours: str, only: str = "") -> list[Rule]:
+  """Returns the two rules of a linear layer."""
+  return [Rule(theirs + ".weight", ours + "/kernel", "transpose", only),
+          Rule(theirs + ".bias", ours + "/bias", only=only)]
+
+
+def norm_rules(theirs: str, ours: str, only: str = "") -> list[Rule]:
+  """Returns the two rules of a norm; files converted from TensorFlow say gamma and beta."""
+  return [Rule(theirs + ".(weight|gamma)", ours + "/scale", only=only),
+          Rule(theirs + ".(bias|beta)", ours + "/bias", only=only)]

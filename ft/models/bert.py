@@ -44,7 +44,7 @@ def _layer_rules(layer: str, only: str, parts: dict) -> list[Rule]:
   """Returns the rules of a layer, given what upstream calls its parts."""
   rules = []
   for ours, theirs in parts.items():
-    make = heads.norm_rules if ours.endswith("norm") else heads.linear_rules
+    make = base.norm_rules if ours.endswith("norm") else base.linear_rules
     rules += make(layer + theirs, _OURS + ours, only)
   return rules
 
@@ -54,7 +54,7 @@ def _embedding_rules(base_name: str, only: str) -> list[Rule]:
   return [
       Rule(names + "word_embeddings.weight", _WORDS, only=only),
       Rule(names + "position_embeddings.weight", "params/embeddings/position/embedding", only=only),
-      *heads.norm_rules(names + "LayerNorm", "params/embeddings/norm", only),
+      *base.norm_rules(names + "LayerNorm", "params/embeddings/norm", only),
       Rule(names + "position_ids", transform="arange"),
   ]
 
@@ -62,8 +62,8 @@ def _embedding_rules(base_name: str, only: str) -> list[Rule]:
 def _word_rules(kinds: str, transform: str, norm: str, decoder: str, bias: str) -> list[Rule]:
   """Returns the rules of a masked-word head, whose decoder files before transformers 5 hold too."""
   only = f"head=mlm&model_type={kinds}"
-  rules = [*heads.linear_rules(transform, "params/transform/dense", only),
-           *heads.norm_rules(norm, "params/transform/norm", only),
+  rules = [*base.linear_rules(transform, "params/transform/dense", only),
+           *base.norm_rules(norm, "params/transform/norm", only),
            Rule(bias, "params/decoder_bias", only=only),
            Rule(decoder + ".weight", _WORDS, "tied", only)]
   if bias != decoder + ".bias":
@@ -77,7 +77,7 @@ NAMES = [
     Rule(_BASE + "embeddings.token_type_embeddings.weight",
          "params/embeddings/token_type/embedding"),
     Rule(_BASE + "embeddings.token_type_ids", transform="keep"),
-    *heads.linear_rules(_BASE + "embeddings_project", "params/project"),
+    *base.linear_rules(_BASE + "embeddings_project", "params/project"),
     *_layer_rules(_BASE + "encoder.layer.{i}.", _NOT_DISTIL, {
         "attention/query": "attention.self.query", "attention/key": "attention.self.key",
         "attention/value": "attention.self.value", "attention/output": "attention.output.dense",
@@ -88,12 +88,12 @@ NAMES = [
         "attention/value": "attention.v_lin", "attention/output": "attention.out_lin",
         "attention/norm": "sa_layer_norm", "intermediate": "ffn.lin1", "output": "ffn.lin2",
         "norm": "output_layer_norm"}),
-    *heads.linear_rules(_BASE + "pooler.dense", "params/pooler"),
-    *heads.linear_rules("classifier", "params/classifier", "label_head=classifier|pre_classifier"),
-    *heads.linear_rules("pre_classifier", "params/pre_classifier", "label_head=pre_classifier"),
-    *heads.linear_rules("classifier.out_proj", "params/classifier", "label_head=out_proj"),
-    *heads.linear_rules("classifier.dense", "params/pre_classifier", "label_head=out_proj"),
-    *heads.linear_rules("2_Dense/linear", "params/classifier", "label_head=2_Dense"),
+    *base.linear_rules(_BASE + "pooler.dense", "params/pooler"),
+    *base.linear_rules("classifier", "params/classifier", "label_head=classifier|pre_classifier"),
+    *base.linear_rules("pre_classifier", "params/pre_classifier", "label_head=pre_classifier"),
+    *base.linear_rules("classifier.out_proj", "params/classifier", "label_head=out_proj"),
+    *base.linear_rules("classifier.dense", "params/pre_classifier", "label_head=out_proj"),
+    *base.linear_rules("2_Dense/linear", "params/classifier", "label_head=2_Dense"),
     *_word_rules("|bert", "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm",
                  "cls.predictions.decoder", "cls.predictions.bias"),
     *_word_rules("roberta|xlm-roberta", "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder",

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ft import errors
-from ft.models import base, heads, layers, series, t5
+from ft.models import base, layers, series, t5
 from ft.models.surgery import Surgery
 from ft.weights.names import Rule
 
@@ -34,7 +34,7 @@ NAMES = [
     *t5.stack_rules("decoder", ("self_attention", "cross_attention", "ff"), ""),
     *(rule for block in ("input_patch_embedding", "output_patch_embedding")
       for part in ("hidden", "output", "residual")
-      for rule in heads.linear_rules(f"{block}.{part}_layer", f"params/{block}/{part}")),
+      for rule in base.linear_rules(f"{block}.{part}_layer", f"params/{block}/{part}")),
     Rule("lm_head.weight", transform="keep"),  # of the T5 that training started from
 ]
 

@@ -38,13 +38,13 @@ NAMES = [
     Rule(_TEXT + "embeddings.position_embedding.weight", _OURS + "position/embedding", only=_DUAL),
     Rule(_TEXT + "embeddings.position_ids", transform="arange", only=_DUAL),
     *vit.encoder_rules(_TEXT, _OURS, _DUAL),
-    *vit.norm_rules(_TEXT + "final_layer_norm", _OURS + "norm", _DUAL),
-    *vit.linear_rules(_TEXT + "head", _OURS + "projection", f"{_DUAL}&model_type=siglip"),
+    *base.norm_rules(_TEXT + "final_layer_norm", _OURS + "norm", _DUAL),
+    *base.linear_rules(_TEXT + "head", _OURS + "projection", f"{_DUAL}&model_type=siglip"),
     Rule("text_projection.weight", "params/text_projection/kernel", "transpose", _DUAL),
     Rule("visual_projection.weight", "params/visual_projection/kernel", "transpose", _DUAL),
     Rule("logit_scale", "params/logit_scale", only=_DUAL),
     Rule("logit_bias", "params/logit_bias", only=_DUAL),
-    *vit.linear_rules("classifier", "params/classifier", "head=classify"),
+    *base.linear_rules("classifier", "params/classifier", "head=classify"),
 ]
 
 

@@ -21,7 +21,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ft import errors
-from ft.models import attention, base, decoder, heads, layers
+from ft.models import attention, base, decoder, layers
 from ft.models import rope as rotary
 from ft.models.surgery import Surgery
 from ft.weights.names import Rule
@@ -40,7 +40,7 @@ _LAYER, _OURS = _BASE + "layers.{i}.", "params/layer_{i}/"
 
 
 def _linear(theirs: str, ours: str) -> list[Rule]:
-  return heads.linear_rules(_LAYER + theirs, _OURS + ours)
+  return base.linear_rules(_LAYER + theirs, _OURS + ours)
 
 
 def _norm(theirs: str, ours: str, only: str = "") -> Rule:

@@ -14,23 +14,10 @@ from absl import logging
 
 from ft import errors
 from ft.models import layers
-from ft.weights.names import Rule
 
 POOLINGS = ("cls", "mean", "first")
 _POOLING = "1_Pooling/config.json"
 _FILES = ("modules.json", _POOLING, "2_Dense/config.json")
-
-
-def linear_rules(theirs: str, ours: str, only: str = "") -> list[Rule]:
-  """Returns the two rules of a linear layer."""
-  return [Rule(theirs + ".weight", ours + "/kernel", "transpose", only),
-          Rule(theirs + ".bias", ours + "/bias", only=only)]
-
-
-def norm_rules(theirs: str, ours: str, only: str = "") -> list[Rule]:
-  """Returns the two rules of a norm; files converted from TensorFlow say gamma and beta."""
-  return [Rule(theirs + ".(weight|gamma)", ours + "/scale", only=only),
-          Rule(theirs + ".(bias|beta)", ours + "/bias", only=only)]
 
 
 def pool(x, mask, pooling: str):

@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ft import errors
-from ft.models import attention, base, decoder, heads, layers
+from ft.models import attention, base, decoder, layers
 from ft.models import rope as rotary
 from ft.models.surgery import Surgery
 from ft.weights.names import Rule
@@ -36,7 +36,7 @@ _LAYER, _OURS = "[model.]layers.{i}.", "params/layer_{i}/"
 
 
 def _linear(theirs: str, ours: str) -> list[Rule]:
-  return heads.linear_rules(_LAYER + theirs, _OURS + ours)
+  return base.linear_rules(_LAYER + theirs, _OURS + ours)
 
 
 def _norm(theirs: str, ours: str) -> Rule:

@@ -37,21 +37,21 @@ _HEADED = "head=classify|tag|mlm"
 
 NAMES = [
     Rule("[model.]embeddings.tok_embeddings.weight", _WORDS),
-    *heads.norm_rules("[model.]embeddings.norm", "params/embeddings/norm"),
-    *heads.norm_rules(_LAYER + "attn_norm", _OURS + "attention_norm"),
-    *heads.linear_rules(_LAYER + "attn.Wqkv", _OURS + "attention/qkv"),
-    *heads.linear_rules(_LAYER + "attn.Wo", _OURS + "attention/output"),
-    *heads.norm_rules(_LAYER + "mlp_norm", _OURS + "mlp_norm"),
-    *heads.linear_rules(_LAYER + "mlp.Wi", _OURS + "mlp/input"),
-    *heads.linear_rules(_LAYER + "mlp.Wo", _OURS + "mlp/output"),
-    *heads.norm_rules("[model.]final_norm", "params/final_norm"),
-    *heads.linear_rules("head.dense", "params/transform/dense", _HEADED),
-    *heads.norm_rules("head.norm", "params/transform/norm", _HEADED),
+    *base.norm_rules("[model.]embeddings.norm", "params/embeddings/norm"),
+    *base.norm_rules(_LAYER + "attn_norm", _OURS + "attention_norm"),
+    *base.linear_rules(_LAYER + "attn.Wqkv", _OURS + "attention/qkv"),
+    *base.linear_rules(_LAYER + "attn.Wo", _OURS + "attention/output"),
+    *base.norm_rules(_LAYER + "mlp_norm", _OURS + "mlp_norm"),
+    *base.linear_rules(_LAYER + "mlp.Wi", _OURS + "mlp/input"),
+    *base.linear_rules(_LAYER + "mlp.Wo", _OURS + "mlp/output"),
+    *base.norm_rules("[model.]final_norm", "params/final_norm"),
+    *base.linear_rules("head.dense", "params/transform/dense", _HEADED),
+    *base.norm_rules("head.norm", "params/transform/norm", _HEADED),
     Rule("decoder.weight", _WORDS, "tied", "head=mlm&tie_word_embeddings=True"),
     Rule("decoder.weight", "params/decoder/kernel", "transpose",
          "head=mlm&tie_word_embeddings=False"),
     Rule("decoder.bias", "params/decoder_bias", only="head=mlm"),
-    *heads.linear_rules("classifier", "params/classifier", "head=classify|tag"),
+    *base.linear_rules("classifier", "params/classifier", "head=classify|tag"),
 ]
 
 

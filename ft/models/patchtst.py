@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from ft import errors
-from ft.models import attention, base, convolution, heads, layers, series
+from ft.models import attention, base, convolution, layers, series
 from ft.models.surgery import Surgery
 from ft.weights.names import Rule
 
@@ -34,24 +34,24 @@ def _norm(theirs: str, ours: str) -> list[Rule]:
 
 
 NAMES = [
-    *heads.linear_rules("[model.]encoder.embedder.input_embedding", "params/encoder/embedding"),
-    *heads.linear_rules("[model.]encoder.embedder.input_embedding.{c}",
+    *base.linear_rules("[model.]encoder.embedder.input_embedding", "params/encoder/embedding"),
+    *base.linear_rules("[model.]encoder.embedder.input_embedding.{c}",
                   "params/encoder/embedding/channel_{c}"),
     Rule("[model.]encoder.positional_encoder.cls_token", "params/encoder/class_token"),
     Rule("[model.]encoder.positional_encoder.position_enc", "params/encoder/positions"),
-    *heads.linear_rules(_LAYER + "self_attn.q_proj", _OURS + "attention/query"),
-    *heads.linear_rules(_LAYER + "self_attn.k_proj", _OURS + "attention/key"),
-    *heads.linear_rules(_LAYER + "self_attn.v_proj", _OURS + "attention/value"),
-    *heads.linear_rules(_LAYER + "self_attn.out_proj", _OURS + "attention/output"),
+    *base.linear_rules(_LAYER + "self_attn.q_proj", _OURS + "attention/query"),
+    *base.linear_rules(_LAYER + "self_attn.k_proj", _OURS + "attention/key"),
+    *base.linear_rules(_LAYER + "self_attn.v_proj", _OURS + "attention/value"),
+    *base.linear_rules(_LAYER + "self_attn.out_proj", _OURS + "attention/output"),
     *_norm("norm_sublayer1", "attention_norm"),
     *_norm("norm_sublayer2", "channel_norm"),
     *_norm("norm_sublayer3", "mlp_norm"),
-    *heads.linear_rules(_LAYER + "ff.0", _OURS + "intermediate"),
-    *heads.linear_rules(_LAYER + "ff.3", _OURS + "output"),
-    *heads.linear_rules("head.projection", "params/projection", "head=forecast|regress"),
-    *heads.linear_rules("head.projections.{c}", "params/projection/channel_{c}", "head=forecast"),
+    *base.linear_rules(_LAYER + "ff.0", _OURS + "intermediate"),
+    *base.linear_rules(_LAYER + "ff.3", _OURS + "output"),
+    *base.linear_rules("head.projection", "params/projection", "head=forecast|regress"),
+    *base.linear_rules("head.projections.{c}", "params/projection/channel_{c}", "head=forecast"),
     # The head of pre-training, which rebuilds patches, has the same name.
-    *heads.linear_rules("head.linear", "params/classifier", "head=classify&pretraining=False"),
+    *base.linear_rules("head.linear", "params/classifier", "head=classify&pretraining=False"),
 ]
 
 

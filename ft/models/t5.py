@@ -67,9 +67,9 @@ NAMES = [
          transform="keep"),
     Rule("lm_head.weight", "params/shared/embedding", "tied", "head=lm&tied=True"),
     Rule("lm_head.weight", "params/lm_head/kernel", "transpose", "head=lm&tied=False"),
-    *heads.linear_rules("classification_head.dense", "params/dense", "head=classify"),
-    *heads.linear_rules("classification_head.out_proj", "params/classifier", "head=classify"),
-    *heads.linear_rules("classifier", "params/classifier", "head=tag"),
+    *base.linear_rules("classification_head.dense", "params/dense", "head=classify"),
+    *base.linear_rules("classification_head.out_proj", "params/classifier", "head=classify"),
+    *base.linear_rules("classifier", "params/classifier", "head=tag"),
 ]
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ft import errors
-from ft.models import attention, base, convolution, heads, layers, series
+from ft.models import attention, base, convolution, layers, series
 from ft.weights.names import Rule
 
 MODALITY = "series"
@@ -31,7 +31,7 @@ def _mixer_rules(theirs: str, ours: str, only: str = "") -> list[Rule]:
   rules = []
 
   def linear(their_name, our_name):
-    rules.extend(heads.linear_rules(theirs + their_name, ours + our_name, only))
+    rules.extend(base.linear_rules(theirs + their_name, ours + our_name, only))
 
   def norm(their_name, our_name):
     batch, layer = (f"{kind}&{only}".rstrip("&") for kind in (_BATCH, _LAYERNORM))
@@ -61,17 +61,17 @@ def _stack_rules(theirs: str, ours: str, only: str = "") -> list[Rule]:
 
 
 NAMES = [
-    *heads.linear_rules("[backbone.]encoder.patcher", "params/encoder/embedding"),
+    *base.linear_rules("[backbone.]encoder.patcher", "params/encoder/embedding"),
     Rule("[backbone.]encoder.positional_encoder.position_enc", "params/encoder/positions"),
     Rule("[backbone.]encoder.freq_mod.0.weight", "params/encoder/frequency/embedding"),
-    *heads.linear_rules("[backbone.]encoder.freq_mod.1", "params/encoder/frequency_hidden"),
-    *heads.linear_rules("[backbone.]encoder.freq_mod.3", "params/encoder/frequency_output"),
+    *base.linear_rules("[backbone.]encoder.freq_mod.1", "params/encoder/frequency_hidden"),
+    *base.linear_rules("[backbone.]encoder.freq_mod.3", "params/encoder/frequency_output"),
     *_stack_rules("[backbone.]encoder.mlp_mixer_encoder.", "params/encoder/"),
-    *heads.linear_rules("decoder.adapter", "params/decoder/adapter", "head=forecast"),
-    *heads.linear_rules("decoder.decoder_raw_embedding", "params/decoder/raw_embedding",
+    *base.linear_rules("decoder.adapter", "params/decoder/adapter", "head=forecast"),
+    *base.linear_rules("decoder.decoder_raw_embedding", "params/decoder/raw_embedding",
                            "head=forecast"),
     *_stack_rules("decoder.decoder_block.", "params/decoder/", "head=forecast"),
-    *heads.linear_rules("head.base_forecast_block", "params/forecast", "head=forecast"),
+    *base.linear_rules("head.base_forecast_block", "params/forecast", "head=forecast"),
 ]
 
 # What later versions can also do, with the value that switches it off.

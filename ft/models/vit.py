@@ -40,27 +40,16 @@ _TOWERS = {"clip_vision_model": ("clip", "CLIP"), "siglip_vision_model": ("sigli
 _STAGES = ("out_indices", "out_features", "stage_names")  # keys that count layers
 
 
-def linear_rules(theirs: str, ours: str, only: str = "") -> list[Rule]:
-  """Returns the rules of a linear layer with bias, or without it."""
-  return [Rule(theirs + ".weight", ours + "/kernel", "transpose", only),
-          Rule(theirs + ".bias", ours + "/bias", only=only)]
-
-
-def norm_rules(theirs: str, ours: str, only: str = "") -> list[Rule]:
-  """Returns the rules of a layer norm."""
-  return [Rule(theirs + ".weight", ours + "/scale", only=only),
-          Rule(theirs + ".bias", ours + "/bias", only=only)]
-
-
 def encoder_rules(theirs: str, ours: str, only: str = "") -> list[Rule]:
   """Returns the rules of the layers of a CLIP or SigLIP tower, of images or of text."""
   layer, own = theirs + "encoder.layers.{i}.", ours + "encoder/layer_{i}/"
   linears = {"self_attn.q_proj": "attention/query", "self_attn.k_proj": "attention/key",
              "self_attn.v_proj": "attention/value", "self_attn.out_proj": "attention/output",
              "mlp.fc1": "mlp/fc1", "mlp.fc2": "mlp/fc2"}
-  return [*(rule for a, b in linears.items() for rule in linear_rules(layer + a, own + b, only)),
-          *norm_rules(layer + "layer_norm1", own + "norm_before", only),
-          *norm_rules(layer + "layer_norm2", own + "norm_after", only)]
+  return [*(rule for a, b in linears.items()
+            for rule in base.linear_rules(layer + a, own + b, only)),
+          *base.norm_rules(layer + "layer_norm1", own + "norm_before", only),
+          *base.norm_rules(layer + "layer_norm2", own + "norm_after", only)]
 
 
 def tower_rules(theirs: str, ours: str, only: str = "") -> list[Rule]:
@@ -73,16 +62,16 @@ def tower_rules(theirs: str, ours: str, only: str = "") -> list[Rule]:
       Rule(theirs + "embeddings.position_embedding.weight", ours + "embeddings/position",
            only=only),
       Rule(theirs + "embeddings.position_ids", transform="arange", only=only),
-      *norm_rules(theirs + "pre_layrnorm", ours + "pre_norm", only),
+      *base.norm_rules(theirs + "pre_layrnorm", ours + "pre_norm", only),
       *encoder_rules(theirs, ours, only),
-      *norm_rules(theirs + "post_layernorm", ours + "norm", only),
+      *base.norm_rules(theirs + "post_layernorm", ours + "norm", only),
       Rule(pool + "probe", ours + "pool/probe", only=only),
       Rule(pool + "attention.in_proj_weight", ours + "pool/in_proj/kernel", "transpose", only),
       Rule(pool + "attention.in_proj_bias", ours + "pool/in_proj/bias", only=only),
-      *linear_rules(pool + "attention.out_proj", ours + "pool/output", only),
-      *norm_rules(pool + "layernorm", ours + "pool/norm", only),
-      *linear_rules(pool + "mlp.fc1", ours + "pool/mlp/fc1", only),
-      *linear_rules(pool + "mlp.fc2", ours + "pool/mlp/fc2", only),
+      *base.linear_rules(pool + "attention.out_proj", ours + "pool/output", only),
+      *base.norm_rules(pool + "layernorm", ours + "pool/norm", only),
+      *base.linear_rules(pool + "mlp.fc1", ours + "pool/mlp/fc1", only),
+      *base.linear_rules(pool + "mlp.fc2", ours + "pool/mlp/fc2", only),
   ]
 
 
@@ -102,14 +91,14 @@ def _rules() -> list[Rule]:
       Rule(patch + ".weight", "params/embeddings/patch/kernel", "conv", both),
       Rule(patch + ".bias", "params/embeddings/patch/bias", only=both),
       Rule(top + "embeddings.position_embeddings", "params/embeddings/position", only=both),
-      *norm_rules(top + "layernorm", "params/norm", both),
-      *linear_rules(top + "pooler.dense", "params/pooler", f"{vit}&head=none"),
+      *base.norm_rules(top + "layernorm", "params/norm", both),
+      *base.linear_rules(top + "pooler.dense", "params/pooler", f"{vit}&head=none"),
   ]
   for name, part in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
     target = f"{ours}attention/{name}"
-    rules += linear_rules(f"{old}attention.attention.{name}", target, both)
-    rules += linear_rules(f"{new}attention.{part}", target, vit)
-    rules += linear_rules(f"{old}attention.{part}", target, dino)
+    rules += base.linear_rules(f"{old}attention.attention.{name}", target, both)
+    rules += base.linear_rules(f"{new}attention.{part}", target, vit)
+    rules += base.linear_rules(f"{old}attention.{part}", target, dino)
   for theirs, target, only in (
       (old + "attention.output.dense", "attention/output", both),
       (new + "attention.o_proj", "attention/output", vit),
@@ -120,11 +109,11 @@ def _rules() -> list[Rule]:
       (old + "mlp.weights_in", "mlp/gate_up", dino), (old + "mlp.weights_out", "mlp/down", dino),
       (old + "mlp.gate_proj", "mlp/gate", dino), (old + "mlp.up_proj", "mlp/up", dino),
       (old + "mlp.down_proj", "mlp/down", dino)):
-    rules += linear_rules(theirs, ours + target, only)
+    rules += base.linear_rules(theirs, ours + target, only)
   for number, place in (("1", "before"), ("2", "after")):
     for layer in (old, new):
-      rules += norm_rules(f"{layer}layernorm_{place}", f"{ours}norm_{place}", vit)
-    rules += norm_rules(f"{old}norm{number}", f"{ours}norm_{place}", dino)
+      rules += base.norm_rules(f"{layer}layernorm_{place}", f"{ours}norm_{place}", vit)
+    rules += base.norm_rules(f"{old}norm{number}", f"{ours}norm_{place}", dino)
     rules.append(Rule(f"{old}layer_scale{number}.lambda1", f"{ours}scale_{place}", only=dino))
   return rules
 
@@ -135,9 +124,10 @@ NAMES = [
     *tower_rules("[vision_model.]", "params/", _TOWER),
     Rule("visual_projection.weight", "params/visual_projection/kernel", "transpose",
          "model_type=clip_vision_model&head=none"),
-    *linear_rules("classifier", "params/classifier", "head=classify"),
-    *linear_rules("cls_classifier", "params/classifier", "head=distilled"),
-    *linear_rules("distillation_classifier", "params/distillation_classifier", "head=distilled"),
+    *base.linear_rules("classifier", "params/classifier", "head=classify"),
+    *base.linear_rules("cls_classifier", "params/classifier", "head=distilled"),
+    *base.linear_rules("distillation_classifier", "params/distillation_classifier",
+                       "head=distilled"),
 ]
 
 

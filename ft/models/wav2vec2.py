@@ -36,25 +36,18 @@ _LAYER, _OURS = _BODY + "encoder.layers.{i}.", "params/encoder/layer_{i}/"
 _POSITION = _BODY + "encoder.pos_conv_embed.conv."
 
 
-def _linear(theirs: str, ours: str, only: str = "") -> list[Rule]:
-  return [Rule(theirs + ".weight", ours + "/kernel", "transpose", only),
-          Rule(theirs + ".bias", ours + "/bias", only=only)]
-
-
-def _norm(theirs: str, ours: str) -> list[Rule]:
-  return [Rule(theirs + ".weight", ours + "/scale"), Rule(theirs + ".bias", ours + "/bias")]
-
-
 NAMES = [
     Rule(_BODY + "masked_spec_embed", "params/masked_spec_embed"),
     Rule(_BODY + "feature_extractor.conv_layers.{i}.conv.weight",
          "params/feature_extractor/conv_{i}/kernel", "conv1d"),
     Rule(_BODY + "feature_extractor.conv_layers.{i}.conv.bias",
          "params/feature_extractor/conv_{i}/bias"),
-    *_norm(_BODY + "feature_extractor.conv_layers.{i}.layer_norm",
-           "params/feature_extractor/norm_{i}"),
-    *_norm(_BODY + "feature_projection.layer_norm", "params/feature_projection/layer_norm"),
-    *_linear(_BODY + "feature_projection.projection", "params/feature_projection/projection"),
+    *base.norm_rules(_BODY + "feature_extractor.conv_layers.{i}.layer_norm",
+                     "params/feature_extractor/norm_{i}"),
+    *base.norm_rules(_BODY + "feature_projection.layer_norm",
+                     "params/feature_projection/layer_norm"),
+    *base.linear_rules(_BODY + "feature_projection.projection",
+                       "params/feature_projection/projection"),
     # Weight normalisation has other names since torch 2.1.
     Rule(_POSITION + "(parametrizations.weight.original0|weight_g)",
          "params/encoder/position/gain", "conv1d"),
@@ -62,22 +55,22 @@ NAMES = [
     Rule(_POSITION + "(parametrizations.weight.original1|weight_v)",
          "params/encoder/position/direction", "conv1d"),
     Rule(_POSITION + "bias", "params/encoder/position/bias"),
-    *_norm(_BODY + "encoder.layer_norm", "params/encoder/layer_norm"),
-    *_linear(_LAYER + "attention.q_proj", _OURS + "attention/q_proj"),
-    *_linear(_LAYER + "attention.k_proj", _OURS + "attention/k_proj"),
-    *_linear(_LAYER + "attention.v_proj", _OURS + "attention/v_proj"),
-    *_linear(_LAYER + "attention.out_proj", _OURS + "attention/out_proj"),
-    *_norm(_LAYER + "layer_norm", _OURS + "layer_norm"),
-    *_linear(_LAYER + "feed_forward.intermediate_dense", _OURS + "intermediate_dense"),
-    *_linear(_LAYER + "feed_forward.output_dense", _OURS + "output_dense"),
-    *_norm(_LAYER + "final_layer_norm", _OURS + "final_layer_norm"),
-    *_norm(_LAYER + "adapter_layer.norm", _OURS + "adapter/norm"),
-    *_linear(_LAYER + "adapter_layer.linear_1", _OURS + "adapter/linear_1"),
-    *_linear(_LAYER + "adapter_layer.linear_2", _OURS + "adapter/linear_2"),
-    *_linear("lm_head", "params/lm_head", "head=ctc"),
-    *_linear("projector", "params/projector", "head=classify"),
+    *base.norm_rules(_BODY + "encoder.layer_norm", "params/encoder/layer_norm"),
+    *base.linear_rules(_LAYER + "attention.q_proj", _OURS + "attention/q_proj"),
+    *base.linear_rules(_LAYER + "attention.k_proj", _OURS + "attention/k_proj"),
+    *base.linear_rules(_LAYER + "attention.v_proj", _OURS + "attention/v_proj"),
+    *base.linear_rules(_LAYER + "attention.out_proj", _OURS + "attention/out_proj"),
+    *base.norm_rules(_LAYER + "layer_norm", _OURS + "layer_norm"),
+    *base.linear_rules(_LAYER + "feed_forward.intermediate_dense", _OURS + "intermediate_dense"),
+    *base.linear_rules(_LAYER + "feed_forward.output_dense", _OURS + "output_dense"),
+    *base.norm_rules(_LAYER + "final_layer_norm", _OURS + "final_layer_norm"),
+    *base.norm_rules(_LAYER + "adapter_layer.norm", _OURS + "adapter/norm"),
+    *base.linear_rules(_LAYER + "adapter_layer.linear_1", _OURS + "adapter/linear_1"),
+    *base.linear_rules(_LAYER + "adapter_layer.linear_2", _OURS + "adapter/linear_2"),
+    *base.linear_rules("lm_head", "params/lm_head", "head=ctc"),
+    *base.linear_rules("projector", "params/projector", "head=classify"),
     Rule("layer_weights", "params/layer_weights", only="head=classify"),
-    *_linear("classifier", "params/classifier", "head=classify"),
+    *base.linear_rules("classifier", "params/classifier", "head=classify"),
     # Of pre-training; carried along by a body without a head.
     Rule("quantizer.codevectors", transform="keep", only="head=none"),
     Rule("(quantizer.weight_proj|project_hid|project_q).(weight|bias)", transform="keep",

@@ -33,16 +33,6 @@ _EPSILON = 1e-5  # of all norms; no config states it
 _DECODER = "head=none|lm"
 
 
-def _linear(theirs: str, ours: str, only: str = "", use_bias: bool = True) -> list[Rule]:
-  rules = [Rule(theirs + ".weight", ours + "/kernel", "transpose", only)]
-  return rules + ([Rule(theirs + ".bias", ours + "/bias", only=only)] if use_bias else [])
-
-
-def _norm(theirs: str, ours: str, only: str = "") -> list[Rule]:
-  return [Rule(theirs + ".weight", ours + "/scale", only=only),
-          Rule(theirs + ".bias", ours + "/bias", only=only)]
-
-
 def _conv(theirs: str, ours: str) -> list[Rule]:
   return [Rule(theirs + ".weight", ours + "/kernel", "conv1d"),
           Rule(theirs + ".bias", ours + "/bias")]
@@ -52,10 +42,10 @@ def _layer(theirs: str, ours: str, attentions: tuple, only: str = "") -> list[Ru
   rules = []
   for name in attentions:
     for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-      rules += _linear(f"{theirs}{name}.{part}", f"{ours}{name}/{part}", only, part != "k_proj")
-    rules += _norm(f"{theirs}{name}_layer_norm", f"{ours}{name}_layer_norm", only)
-  rules += _norm(theirs + "final_layer_norm", ours + "final_layer_norm", only)
-  return rules + _linear(theirs + "fc1", ours + "fc1", only) + _linear(
+      rules += base.linear_rules(f"{theirs}{name}.{part}", f"{ours}{name}/{part}", only)
+    rules += base.norm_rules(f"{theirs}{name}_layer_norm", f"{ours}{name}_layer_norm", only)
+  rules += base.norm_rules(theirs + "final_layer_norm", ours + "final_layer_norm", only)
+  return rules + base.linear_rules(theirs + "fc1", ours + "fc1", only) + base.linear_rules(
       theirs + "fc2", ours + "fc2", only)
 
 
@@ -64,20 +54,20 @@ NAMES = [
     *_conv("[model.]encoder.conv2", "params/encoder/conv2"),
     Rule("[model.]encoder.embed_positions.weight", "params/encoder/embed_positions/embedding"),
     *_layer("[model.]encoder.layers.{i}.", "params/encoder/layer_{i}/", ("self_attn",)),
-    *_norm("[model.]encoder.layer_norm", "params/encoder/layer_norm"),
+    *base.norm_rules("[model.]encoder.layer_norm", "params/encoder/layer_norm"),
     Rule("[model.]decoder.embed_tokens.weight", "params/embed_tokens/embedding", only=_DECODER),
     Rule("[model.]decoder.embed_positions.weight", "params/decoder/embed_positions/embedding",
          only=_DECODER),
     *_layer("[model.]decoder.layers.{i}.", "params/decoder/layer_{i}/",
             ("self_attn", "encoder_attn"), _DECODER),
-    *_norm("[model.]decoder.layer_norm", "params/decoder/layer_norm", _DECODER),
+    *base.norm_rules("[model.]decoder.layer_norm", "params/decoder/layer_norm", _DECODER),
     Rule("proj_out.weight", "params/embed_tokens/embedding", "tied",
          "head=lm&tie_word_embeddings=True"),
     Rule("proj_out.weight", "params/proj_out/kernel", "transpose",
          "head=lm&tie_word_embeddings=False"),
-    *_linear("projector", "params/projector", "head=classify"),
+    *base.linear_rules("projector", "params/projector", "head=classify"),
     Rule("layer_weights", "params/layer_weights", only="head=classify"),
-    *_linear("classifier", "params/classifier", "head=classify"),
+    *base.linear_rules("classifier", "params/classifier", "head=classify"),
 ]
 
 
