@@ -41,14 +41,15 @@ SECTIONS = {
   "model": ("models/__init__.py",),
   "data": ("data/sources.py", "data/loader.py", "data/{modality}.py"),
   "task": ("tasks/{name}.py",),
-  "tune": ("tune/{method}.py",),
+  "tune": ("tune/__init__.py", "tune/{method}.py"),
   "optim": ("optim.py",),
   "train": ("train.py",),
   "mesh": ("mesh.py",),
   "guard": ("guards/*.py",),
 }
 TYPES = {"str": str, "int": int, "float": float, "dict": dict, "list": (list, tuple)}
-NOT_COMPONENTS = ("__init__", "sources", "loader", "splits", "peft")
+NOT_COMPONENTS = ("__init__", "sources", "loader", "splits", "adapters", "peft", "quantize",
+                  "saving")
 
 
 @functools.cache

@@ -20,6 +20,8 @@ KEYS = {
   "head_rate_factor": (1.0, "the head's rate over the rest's", (0.0, None)),
   "weight_decay": (0.01, "decoupled decay of matrices; norms, biases and vectors have none",
                    (0.0, None)),
+  "decay_to": ("zero", "what decay pulls towards: zero, or the point training starts from",
+               ["zero", "start"]),
   "betas": (None, "decay of both moments; adamw (0.9, 0.999), lion (0.9, 0.99) if not set", "list"),
   "eps": (1e-8, "adamw: added to the root of the second moment", (0.0, None)),
   "momentum": (0.9, "sgd: decay of the velocity", (0.0, 1.0)),
@@ -39,7 +41,7 @@ _BOTTOM = re.compile(r"embed|(?:^|/)(?:conv_)?stem|(?:^|/)w[tp]e/|cls_token", re
 _NORM = re.compile(r"norm|(?:^|[/_])(?:ln|bn)[_\d/]", re.IGNORECASE)
 
 
-def make(config, trainable, total_steps: int, head: tuple[str, ...] = ()):
+def make(config, trainable, total_steps: int, head: tuple[str, ...] = (), tuned=None):
   """Makes the optimizer of a run.
 
   Args:
@@ -47,27 +49,83 @@ def make(config, trainable, total_steps: int, head: tuple[str, ...] = ()):
     trainable: tree of arrays (or shapes) the optimizer will see; nothing else enters it.
     total_steps: optimizer steps of the whole run.
     head: path prefixes of the head, such as ("params/classifier",).
+    tuned: the tuning method's split, whose `rates`, `stages` and `after` are used; or None.
 
   Returns:
     (tx, schedule): an optax transformation whose state is float32 whatever the parameters' dtype,
-    and step -> rate, float32, before the factors of head and layers.
+    and step -> rate, float32, before the factors of head and layers. With decay_to="start" its
+    update needs the extra argument `start`, the trainable tree before training.
 
   Raises:
     UserError: rate missing, warm-up as long as the run, a key that the rule never reads, or
       `layer_decay` for a tree without numbered layers.
   """
   _check(config)
+  stages = getattr(tuned, "stages", None)
   schedule = make_schedule(config, total_steps)
+  if stages and stages.rates:
+    schedule = _staged_rate(schedule, stages, total_steps)
   factors = rate_factors(trainable, config.layer_decay, config.head_rate_factor, head)
-  decays = decay_mask(trainable)
+  own = getattr(tuned, "rates", {})
+  factors = _map(lambda path, factor: factor * own.get(path, 1.0), factors)
   parts = [optax.clip_by_global_norm(config.clip)] if config.clip else []
   parts += _rule(config)
   if config.weight_decay:
-    parts.append(optax.add_decayed_weights(config.weight_decay, mask=decays))
+    parts.append(_decay(config.weight_decay, decay_mask(trainable), config.decay_to == "start"))
   if any(np.any(factor != 1) for factor in jax.tree.leaves(factors)):
     parts.append(optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors)))
+  if stages:
+    parts.append(_late(stages, trainable, total_steps, config))
   parts.append(optax.scale_by_learning_rate(schedule))
+  if getattr(tuned, "after", None):
+    parts.append(tuned.after(total_steps))
   return _in_float32(optax.chain(*parts)), schedule
+
+
+def _staged_rate(schedule, stages, total_steps: int):
+  """The schedule times the factor of the stage that a step belongs to."""
+  starts = jnp.asarray(stages.steps(total_steps))
+  factors = jnp.asarray(stages.rates, jnp.float32)
+  return lambda step: schedule(step) * factors[jnp.sum(step >= starts) - 1]
+
+
+def _decay(rate: float, mask, to_start: bool) -> optax.GradientTransformationExtraArgs:
+  """Adds rate * parameter, or rate * (parameter - start), to the updates of the mask's leaves."""
+  def update(updates, state, params, *, start=None, **_):
+    if to_start:
+      params = jax.tree.map(lambda p, origin: p - origin.astype(p.dtype), params, start)
+    one = lambda decays, u, p: u + rate * p if decays else u  # noqa: E731
+    return jax.tree.map(one, mask, updates, params), state
+
+  return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _late(stages, trainable, total_steps: int, config) -> optax.GradientTransformation:
+  """Holds leaves still until their stage, and corrects Adam's moments for the steps they missed.
+
+  The moments of a leaf that waited are those of an optimizer that starts with it, except for the
+  correction of their start at zero, which counts the run's steps: the factor makes up for it.
+  """
+  def first(path, _):
+    return np.round(np.asarray(stages.starts.get(path, 0.0)) * total_steps).astype(np.float32)
+
+  firsts = _map(first, trainable)
+  betas = config.betas or BETAS["adamw"]
+
+  def factor(start, step):
+    if config.name != "adamw":
+      return jnp.where(step >= start, 1.0, 0.0)
+    own, b1, b2 = jnp.maximum(step - start, 0.0) + 1, *betas
+    mean = (1 - b1**(step + 1)) / (1 - b1**own)
+    square = (1 - b2**own) / (1 - b2**(step + 1))
+    return jnp.where(step >= start, mean * jnp.sqrt(square), 0.0)
+
+  def update(updates, count, params=None):
+    del params
+    step = count.astype(jnp.float32)
+    return jax.tree.map(lambda u, s: u * factor(s, step), updates, firsts), count + 1
+
+  return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
 
 
 def _check(config) -> None:
@@ -192,7 +250,7 @@ def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformatio
       return x.astype(jnp.float32) if small else x
     return jax.tree.map(cast, tree)
 
-  def update(grads, state, params=None):
-    return tx.update(raised(grads), state, params if params is None else raised(params))
+  def update(grads, state, params=None, **extra):
+    return tx.update(raised(grads), state, params if params is None else raised(params), **extra)
 
-  return optax.GradientTransformation(lambda params: tx.init(raised(params)), update)
+  return optax.GradientTransformationExtraArgs(lambda params: tx.init(raised(params)), update)

@@ -51,6 +51,7 @@ KEYS = {
   "baselines": (True, "compare with what needs no training"),
   "export": (True, "write the tuned model to model/ at the end"),
 }
+PROBE = 8  # batches of train whose gradient a tuning method may look at
 
 
 @dataclasses.dataclass
@@ -102,7 +103,8 @@ def train(config, folder: os.PathLike, command: str = "") -> dict | None:
 
     # What trains, and what stays as it was.
     tuned = tune.init(
-      config.tune, run.pretrained.variables, jax.random.PRNGKey(config.seed), run.pretrained.head
+      config.tune, run.pretrained.variables, jax.random.PRNGKey(config.seed), run.pretrained.head,
+      tune.Context(run.pretrained, functools.partial(probe_gradient, run, examples)),
     )
     logging.info("%s", tune.describe(tuned))
     frozen, mutable = dict(tuned.frozen), {}
@@ -123,7 +125,7 @@ def train(config, folder: os.PathLike, command: str = "") -> dict | None:
     # The state: pretrained or resumed.
     load = make_loaders(run, examples)
     total = config.train.steps or max(1, round(config.train.epochs * load["train"].steps_per_epoch))
-    tx, schedule = optim.make(config.optim, tuned.trainable, total, run.pretrained.head)
+    tx, schedule = optim.make(config.optim, tuned.trainable, total, run.pretrained.head, tuned)
     fresh = state.create(tuned.trainable, mutable, tx, config.seed)
     fresh = mesh.place(fresh, mesh.shardings(run.mesh, fresh))
     checkpoints = checkpoint.Checkpoints(home.path / "checkpoints", config.train.keep)
@@ -133,14 +135,14 @@ def train(config, folder: os.PathLike, command: str = "") -> dict | None:
       run.seconds[phase] = run.seconds.get(phase, 0.0) + seconds
 
     # The loop.
-    apply = state.make_apply(run.pretrained.module, tuned.interceptor)
+    apply = state.make_apply(run.pretrained.module, tuned.interceptor, tuned.around)
     step = state.make_train_step(
-      run.task.loss, apply, tuned.combine, tx, config.train.accumulate, schedule
+      run.task.loss, apply, tuned.combine, tx, config.train.accumulate, schedule, tuned.stages
     )
     predict = state.make_predict_step(
       run.task.predict, apply, tuned.combine, mesh.replicated(run.mesh)
     )
-    loop = Loop(run, load, frozen, step, predict, checkpoints, total, preemption)
+    loop = Loop(run, load, frozen, step, predict, checkpoints, total, preemption, tuned.stages)
     now, host = loop.go(now, host)
     run.lap("training")
 
@@ -239,6 +241,22 @@ def extract_features(run: Run, examples: dict, frozen, mutable, tuned) -> dict:
   )
 
 
+def probe_gradient(run: Run, examples: dict):
+  """Mean gradient of the loss of the model as loaded, over up to PROBE batches of train: a tree."""
+  apply = state.make_apply(run.pretrained.module)
+  loader = make_loaders(run, {"train": examples["train"]})["train"]
+
+  def loss(params, variables, batch):
+    call = lambda variables, inputs, rng=None: apply(variables, inputs)[0]  # noqa: E731
+    total, weight, _ = run.task.loss(call, {**variables, "params": params}, batch, None)
+    return total / weight
+
+  gradient, variables = jax.jit(jax.grad(loss)), run.pretrained.variables
+  batches = [run.place(loader.batch(i)) for i in range(min(PROBE, loader.steps_per_epoch))]
+  grads = [gradient(variables["params"], variables, batch) for batch in batches]
+  return {"params": jax.tree.map(lambda *g: sum(g) / len(g), *grads)}
+
+
 def new_host() -> dict:
   """What the loop knows beside the state, before the first step; saved with every checkpoint."""
   return {
@@ -262,6 +280,7 @@ class Loop:
   checkpoints: checkpoint.Checkpoints
   total: int
   preemption: Preemption
+  stages: tune.Stages | None = None
 
   def go(self, now: state.State, host: dict) -> tuple[state.State, dict]:
     """Trains from a state to the last step; returns the state there and the host's record."""
@@ -308,7 +327,8 @@ class Loop:
     waited = time.monotonic() - began
     self.waited, self.host["waited"] = self.waited + waited, self.host["waited"] + waited
     began, compiled = time.monotonic(), self.step._cache_size()
-    now, metrics = self.step(now, self.frozen, batch)
+    stage = self.stages.of(number, self.total) if self.stages else 0
+    now, metrics = self.step(now, self.frozen, batch, {}, stage)
     if self.step._cache_size() > compiled:
       self.host["compile_seconds"] += time.monotonic() - began
     before, self.pending = self.pending, (number, metrics, index)

@@ -382,7 +382,7 @@ class Conv(nn.Module):
   """Convolution: (B, H, W, C) -> (B, H', W', features).
 
   Parameters: kernel (k, k, C, features), with use_bias also bias (features,). Tuning may intercept
-  `weights` and `adapt`, as in `layers.Linear`.
+  `prepare`, `weights` and `adapt`, as in `layers.Linear`.
 
   Attributes:
     features: output channels.
@@ -403,6 +403,10 @@ class Conv(nn.Module):
   kernel_init: Callable = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
   use_bias: bool = False
   dilation: int = 1
+
+  def prepare(self, x):
+    """Returns the input (B, H, W, C) that is convolved; a hook."""
+    return x
 
   @nn.compact
   def weights(self, in_features: int):
@@ -434,7 +438,7 @@ class Conv(nn.Module):
 
   def __call__(self, x):
     kernel, bias = self.weights(x.shape[-1])
-    y = self.product(x, kernel)
+    y = self.product(self.prepare(x), kernel)
     return self.adapt(x, y if bias is None else add_channels(y, bias))
 
 
@@ -518,11 +522,12 @@ class ConvNorm(nn.Module):
     if self.norm.uses_batch():
       return self.norm(self.conv(x))
     kernel, _ = self.conv.weights(x.shape[-1])
+    prepared = self.conv.prepare(x)
     # Dead code that the compiler drops, unless a tuning method intercepts the hook: its answer is
     # then about the unfolded output.
-    plain = self.conv.product(x, kernel)
+    plain = self.conv.product(prepared, kernel)
     adapted = self.conv.adapt(x, plain)
     if adapted is not plain:
       return self.norm(adapted)
     factor, shift = self.norm.affine(self.conv.features)
-    return add_channels(self.conv.product(x, kernel * factor), shift)
+    return add_channels(self.conv.product(prepared, kernel * factor), shift)

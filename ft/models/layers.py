@@ -2,8 +2,9 @@
 
 Three things set them apart from linen's own. Products flatten their activations to two dimensions
 first, because the gradient of a three-dimensional product misses the fast matrix kernels on a CPU
-(a factor of two on the layer). Each `Linear` offers two methods that tuning may intercept with
-`nn.intercept_methods`: `weights`, which yields its parameters, and `adapt`, for its output. Dropout
+(a factor of two on the layer). Layers offer methods that tuning may intercept with
+`nn.intercept_methods`: `prepare`, for a layer's input, `weights`, which yields its parameters, and
+`adapt`, for its output (and `adapt_output` of an embedding that is the output layer too). Dropout
 acts if and only if an rng stream "dropout" was given to `apply`; there are no train flags.
 
 Shapes: B batch, T and S positions, H heads, D features, N = product of all leading axes.
@@ -57,13 +58,17 @@ def product(x, kernel, bias=None, dtype=jnp.float32):
 class Linear(nn.Module):
   """y = x @ kernel + bias over the last axis: (..., in) -> (..., features).
 
-  Parameters: kernel (in, features), bias (features,). Tuning intercepts `weights` and `adapt`.
+  Parameters: kernel (in, features), bias (features,). Hooks: `prepare`, `weights`, `adapt`.
   """
 
   features: int
   use_bias: bool = True
   dtype: Any = jnp.float32
   kernel_init: Callable = nn.initializers.normal(0.02)
+
+  def prepare(self, x):
+    """Returns the input (..., in) that is multiplied; a hook."""
+    return x
 
   @nn.compact
   def weights(self, in_features: int):
@@ -80,7 +85,7 @@ class Linear(nn.Module):
     return y
 
   def __call__(self, x):
-    return self.adapt(x, product(x, *self.weights(x.shape[-1]), self.dtype))
+    return self.adapt(x, product(self.prepare(x), *self.weights(x.shape[-1]), self.dtype))
 
 
 def fused(modules: Sequence[Linear], x) -> list:
@@ -88,11 +93,13 @@ def fused(modules: Sequence[Linear], x) -> list:
 
   Returns one output (..., module.features) a module, in order. The parameters stay separate; the
   concatenation of kernels costs little beside the product it makes larger, except with few rows,
-  as in decoding, where reading kernels is most of the work: then each is applied by itself. A
-  module without bias among others with one (Whisper's key) is given zeros.
+  as in decoding, where reading kernels is most of the work: then each is applied by itself, as it
+  is where tuning changes the input of one of them. A module without bias among others with one
+  (Whisper's key) is given zeros.
   """
   sizes = x.shape[:-1]
-  if all(isinstance(size, int) for size in sizes) and math.prod(sizes) < _FEW:
+  few = all(isinstance(size, int) for size in sizes) and math.prod(sizes) < _FEW
+  if few or any(module.prepare(x) is not x for module in modules):
     return [module(x) for module in modules]
   weights = [module.weights(x.shape[-1]) for module in modules]
   kernel = jnp.concatenate([kernel for kernel, _ in weights], axis=1)
@@ -202,12 +209,26 @@ class Embedding(nn.Module):
     """Returns the parameter."""
     return self.param("embedding", self.embedding_init, (self.size, self.features))
 
+  def rows(self, ids):
+    """Returns the table's rows (..., features)."""
+    return jnp.take(self.table(), ids, axis=0, mode="fill")
+
+  def adapt(self, ids, y):
+    """Returns the output, given the ids (...) and their plain vectors y (..., features); a hook."""
+    del ids
+    return y
+
+  def adapt_output(self, x, y):
+    """Returns `attend`'s output, given its input x (..., features) and plain output y; a hook."""
+    del x
+    return y
+
   def __call__(self, ids):
-    return jnp.take(self.table(), ids, axis=0, mode="fill").astype(self.dtype)
+    return self.adapt(ids, self.rows(ids).astype(self.dtype))
 
   def attend(self, x):
     """Returns x (..., features) times the transposed table: (..., size), a tied output layer."""
-    return product(x, self.table().T, dtype=self.dtype)
+    return self.adapt_output(x, product(x, self.table().T, dtype=self.dtype))
 
 
 class RMSNorm(nn.Module):

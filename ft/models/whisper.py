@@ -346,8 +346,7 @@ class Model(nn.Module):
     """Returns the scores (..., V) float32 of the next token, given states (..., D)."""
     if not self.config.tie_word_embeddings:
       return self.proj_out(hidden).astype(jnp.float32)
-    table = self.embed_tokens.variables["params"]["embedding"]
-    return layers.product(hidden, table.T, dtype=self.compute.dtype).astype(jnp.float32)
+    return self.embed_tokens.attend(hidden).astype(jnp.float32)
 
   def head(self, features):
     """Returns the logits (B, C) of features (B, P): the classifier."""

@@ -1,21 +1,27 @@
 """Ways to tune: each file splits a model's variables into what trains and what stays frozen.
 
-A method is `ft/tune/<method>.py` with `KEYS` and `init(config, variables, rng, head) -> Tuned`. The
-gradient, the optimizer and the checkpoints see `Tuned.trainable` only; masking the optimizer alone
-would bring the frozen gradients back with the first norm or clip that reads them.
+A method is `ft/tune/<method>.py` with `KEYS` and `init(config, variables, rng, head, context) ->
+Tuned`. The gradient, the optimizer and the checkpoints see `Tuned.trainable` only; masking the
+optimizer alone would bring the frozen gradients back with the first norm or clip that reads them.
 """
 
 import dataclasses
+import functools
 import importlib
 import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 from flax import traverse_util
 
 from ft import errors
 from ft.config import choices
+
+KEYS = {
+  "also_train": ((), "adapters: expressions of further parameters, which train in full"),
+}
 
 Tree = dict[str, Any]
 
@@ -29,6 +35,51 @@ class Row(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Context:
+  """What a method may look at beside the parameters.
+
+  Attributes:
+    pretrained: the loaded model (`models.Pretrained`), or None: its config gives sizes that the
+      parameters do not show, such as the number of key heads.
+    gradient: () -> gradients of the loss on a probe batch, a tree like {"params": …}; or None.
+  """
+
+  pretrained: Any = None
+  gradient: Callable[[], Tree] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+  """When trainable leaves start to train.
+
+  Attributes:
+    starts: path -> share of the run (0 to 1) after which it trains; an array that broadcasts over a
+      stacked leaf gives each layer its own. Paths that are absent train from the start.
+    rates: factor of the learning rate in each stage; empty: 1 in all.
+  """
+
+  starts: Mapping[str, Any]
+  rates: tuple[float, ...] = ()
+
+  def shares(self) -> list[float]:
+    """Returns the shares of the run at which stages begin, 0 first."""
+    return sorted({0.0}.union(*(np.ravel(start).tolist() for start in self.starts.values())))
+
+  def steps(self, total: int) -> list[int]:
+    """Returns the steps at which the stages begin, of a run of `total`."""
+    return [round(share * total) for share in self.shares()]
+
+  def of(self, step: int, total: int) -> int:
+    """Returns the number of the stage that a step belongs to."""
+    return sum(step >= start for start in self.steps(total)) - 1
+
+  def live(self, path: str, stage: int):
+    """Returns whether a leaf trains in a stage: bool, or an array of them for stacked layers."""
+    live = np.asarray(self.starts.get(path, 0.0)) <= self.shares()[stage]
+    return live if live.ndim else bool(live)
+
+
+@dataclasses.dataclass(frozen=True)
 class Tuned:
   """A model's variables in two trees without overlap, and how to put them together again.
 
@@ -36,22 +87,36 @@ class Tuned:
     trainable: nested dicts of collections, e.g. {"params": …} or {"adapters": …, "params": …}.
     frozen: everything else; batch statistics are always here.
     combine: (frozen, trainable) -> variables for `module.apply`; structural, copies nothing.
-    merge: (frozen, trainable) -> plain variables of the bare model, adapters folded in; pure.
+    merge: (frozen, trainable) -> plain variables of the bare model, adapters folded in; pure. None
+      where plain weights cannot compute the same, as with prompts.
     interceptor: for `flax.linen.intercept_methods` around every apply, or None.
+    around: apply -> apply, for methods that change the model's inputs (see `state.make_apply`), or
+      None.
     table: one row for each trainable leaf, sorted by path.
     only_head: nothing below the head trains, so the features the head reads can be cached.
+    rates: path -> factor of the learning rate, for leaves where it is not 1.
+    stages: when leaves start to train; None: all from the start.
+    penalty: trainable -> scalar that is added to the mean loss, or None.
+    after: total steps -> optax transformation behind the optimizer's, or None. It sees gradients as
+      the extra argument `gradient`.
   """
 
   trainable: Tree
   frozen: Tree
   combine: Callable[[Tree, Tree], Tree]
-  merge: Callable[[Tree, Tree], Tree]
+  merge: Callable[[Tree, Tree], Tree] | None
   interceptor: Callable[..., Any] | None = None
+  around: Callable[..., Any] | None = None
   table: tuple[Row, ...] = ()
   only_head: bool = False
+  rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  stages: Stages | None = None
+  penalty: Callable[[Tree], Any] | None = None
+  after: Callable[[int], Any] | None = None
 
 
-def init(config, variables: Mapping, rng, head: tuple[str, ...] = ()) -> Tuned:
+def init(config, variables: Mapping, rng, head: tuple[str, ...] = (),
+         context: Context | None = None) -> Tuned:
   """Splits `variables` by the method `config.method`.
 
   Args:
@@ -59,6 +124,7 @@ def init(config, variables: Mapping, rng, head: tuple[str, ...] = ()) -> Tuned:
     variables: {"params": …, "batch_stats": … where there are any}, nested dicts of arrays.
     rng: a key for parameters the method adds.
     head: path prefixes of the model's head, such as ("params/classifier",).
+    context: what else is known.
 
   Returns:
     The split; its leaves are the given arrays, none copied.
@@ -71,7 +137,8 @@ def init(config, variables: Mapping, rng, head: tuple[str, ...] = ()) -> Tuned:
     raise errors.UserError(
       f"tune.method={name!r} is none of {', '.join(known)}{errors.suggest(name, known)}"
     )
-  return importlib.import_module(f"ft.tune.{name}").init(config, variables, rng, head)
+  method = importlib.import_module(f"ft.tune.{name}")
+  return method.init(config, variables, rng, head, context or Context())
 
 
 def flatten(tree: Mapping) -> dict[str, Any]:
@@ -99,6 +166,32 @@ def split(variables: Mapping, trains: Callable[[str], bool]) -> tuple[Tree, Tree
   return unflatten(trainable), unflatten(frozen)
 
 
+def matcher(expressions, variables: Mapping, key: str) -> Callable[[str], bool]:
+  """Returns path -> whether one of the regular expressions is found in it.
+
+  Args:
+    expressions: a list of them, or one; none match nothing.
+    variables: of the model; each expression has to find one of its parameters.
+    key: what the error calls them.
+
+  Raises:
+    UserError: an expression is not valid, or finds no parameter.
+  """
+  given = [expressions] if isinstance(expressions, str) else list(expressions)
+  paths = [path for path in flatten(variables) if path.startswith("params/")]
+  for expression in given:
+    try:
+      found = any(re.search(expression, path) for path in paths)
+    except re.error as e:
+      raise errors.UserError(f"{key}: {expression!r} is no regular expression: {e}") from e
+    if not found:
+      modules = sorted({"  " + path.rpartition("/")[0] for path in paths})
+      raise errors.UserError(
+        f"{key}: {expression!r} finds none of the parameters{errors.suggest(expression, paths)}; "
+        "they are:\n" + "\n".join(modules))
+  return lambda path: any(re.search(expression, path) for expression in given)
+
+
 def combine(frozen: Mapping, trainable: Mapping) -> Tree:
   """Joins two trees that share no leaf; ValueError names the first path both of them have."""
   return _join(frozen, trainable, ())
@@ -116,14 +209,31 @@ def _join(left: Mapping, right: Mapping, path: tuple[str, ...]) -> Tree:
   return joined
 
 
-def build(trainable: Tree, frozen: Tree, head: tuple[str, ...], *, merge=combine,
-          interceptor=None) -> Tuned:
-  """Makes a `Tuned` and fills in what follows from the two trees."""
+def build(trainable: Tree, frozen: Tree, head: tuple[str, ...], *, merge=combine, **more) -> Tuned:
+  """Makes a `Tuned` and fills in what follows from the two trees; `more`: its other fields."""
   table = tuple(
     Row(path, tuple(leaf.shape), math.prod(leaf.shape)) for path, leaf in flatten(trainable).items()
   )
   only_head = bool(table) and all(under(row.path, head) for row in table)
-  return Tuned(trainable, frozen, combine, merge, interceptor, table, only_head)
+  return Tuned(trainable, frozen, combine, merge, table=table, only_head=only_head, **more)
+
+
+def chain(*interceptors) -> Callable | None:
+  """Returns one interceptor of several, the first outermost; those that are None are left out."""
+  given = [interceptor for interceptor in interceptors if interceptor is not None]
+  if len(given) < 2:
+    return given[0] if given else None
+
+  def run(call, args, kwargs, context):
+    for interceptor in reversed(given):
+      call = functools.partial(_intercepted, interceptor, call, context)
+    return call(*args, **kwargs)
+
+  return run
+
+
+def _intercepted(interceptor, call, context, *args, **kwargs):
+  return interceptor(call, args, kwargs, context)
 
 
 def describe(tuned: Tuned) -> str:

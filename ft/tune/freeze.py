@@ -10,7 +10,7 @@ KEYS = {
 }
 
 
-def init(config, variables, rng, head=()) -> tune.Tuned:
+def init(config, variables, rng, head=(), context=None) -> tune.Tuned:
   """Returns the parameters found by `config.train` as trainable; see `ft.tune.init`.
 
   An expression is searched (`re.search`), so "layer_5" finds every parameter of that layer and
@@ -19,7 +19,7 @@ def init(config, variables, rng, head=()) -> tune.Tuned:
   Raises:
     UserError: an expression is not valid or finds nothing, or together they find everything.
   """
-  del rng
+  del rng, context
   paths = [path for path in tune.flatten(variables) if path.startswith("params/")]
   chosen = set()
   for expression in _expressions(config):

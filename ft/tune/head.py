@@ -5,13 +5,13 @@ from ft import errors, tune
 KEYS = {}
 
 
-def init(config, variables, rng, head=()) -> tune.Tuned:
+def init(config, variables, rng, head=(), context=None) -> tune.Tuned:
   """Returns the parameters below the `head` prefixes as trainable; see `ft.tune.init`.
 
   Raises:
     UserError: the model has no head.
   """
-  del config, rng
+  del config, rng, context
   trainable, frozen = tune.split(variables, lambda path: tune.under(path, head))
   if not trainable:
     raise errors.UserError(

@@ -7,7 +7,7 @@ import pytest
 from tune import toys
 
 from ft import errors, tune
-from ft.tune import lora
+from ft.tune import adapters
 
 
 @pytest.mark.parametrize("scanned", [False, True])
@@ -92,8 +92,6 @@ def test_dropout_only_with_its_stream():
 
 
 def test_dropout_is_unbiased_and_on_the_adapter_alone():
-  interceptor = lora.Interceptor(1.0, 0.25)
-
   class Stream:
     path = ()
 
@@ -103,7 +101,7 @@ def test_dropout_is_unbiased_and_on_the_adapter_alone():
     def make_rng(self, name):
       return jax.random.key(0)
 
-  rows = interceptor._drop(Stream(), jnp.ones((200, 200)))
+  rows = adapters.dropout(Stream(), jnp.ones((200, 200)), 0.25)
   assert set(np.unique(rows).tolist()) == {0.0, np.float32(1 / 0.75)}
   np.testing.assert_allclose(rows.mean(), 1.0, atol=0.02)
 

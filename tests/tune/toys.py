@@ -40,7 +40,7 @@ class Body(nn.Module):
     if self.scanned:
       stack = nn.scan(
         nn.remat(Block, prevent_cse=False), length=self.depth,
-        variable_axes={"params": 0, "adapters": 0}, split_rngs={"params": True, "dropout": True},
+        variable_axes={True: 0}, split_rngs={"params": True, "dropout": True},
       )
       return stack(self.width, name="layers")(x, None)[0]
     for i in range(self.depth):
@@ -80,13 +80,13 @@ def config(method, **values):
   """The section `tune` of a config with a method's defaults and these values."""
   import importlib
 
-  keys = importlib.import_module(f"ft.tune.{method}").KEYS
+  keys = {**tune.KEYS, **importlib.import_module(f"ft.tune.{method}").KEYS}
   defaults = {name: entry[0] for name, entry in keys.items()}
   return config_dict.ConfigDict({"method": method, **defaults, **values})
 
 
-def init(method, variables, head=HEAD, **values):
-  return tune.init(config(method, **values), variables, jax.random.key(3), head)
+def init(method, variables, head=HEAD, context=None, **values):
+  return tune.init(config(method, **values), variables, jax.random.key(3), head, context)
 
 
 def forward(module, tuned, variables, ids, **rngs):
