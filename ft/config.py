@@ -45,11 +45,14 @@ SECTIONS = {
   "optim": ("optim.py",),
   "train": ("train.py",),
   "mesh": ("mesh.py",),
+  "anchor": ("anchor/*.py",),
+  "regularise": ("regularise/*.py",),
+  "average": ("averaging.py",),
   "guard": ("guards/*.py",),
 }
 TYPES = {"str": str, "int": int, "float": float, "dict": dict, "list": (list, tuple)}
-NOT_COMPONENTS = ("__init__", "sources", "loader", "splits", "adapters", "peft", "quantize",
-                  "saving")
+NOT_COMPONENTS = ("__init__", "sources", "loader", "splits", "adapters", "parts", "peft",
+                  "quantize", "saving", "turns", "blend", "lora_peft", "lora_start", "peft_reading")
 
 
 @functools.cache

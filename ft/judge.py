@@ -19,21 +19,9 @@ def judge(run, source: str, batch: int = 32) -> dict:
     source: data spec, read with the columns, format and encoding of the run's config.
     batch: rows computed together.
   """
-  values = json.loads((run / "config.json").read_text())
-  values["data"] |= {
-    "train": source, "validation": "", "test": "", "extra": None,
-    "validation_fraction": 0.0, "test_fraction": 0.0,
-  }
-  config = config_lib.from_json(values)
-  rows = sources.load(config.data).splits["train"]
   predictor = predict.Predictor(run, batch)
-  if rows.labels is None:
-    raise errors.UserError(f"{source}: has no labels; scripts/predict.py needs none")
-  examples = loaders.prepare(rows, predictor.task.example, preprocess=predictor.preprocess,
-                             drop_policy=config.data.drop)
-  loader = loaders.Loader(examples, batch, pad=predictor.preprocess.pad,
-                          buckets=predictor.preprocess.buckets)
-  outputs = evaluate.run(predictor.step, predictor.state, predictor.variables, loader, dict)
+  rows = loader(run, source, predictor)
+  outputs = evaluate.run(predictor.step, predictor.state, predictor.variables, rows, dict)
   task = predictor.task
   evidence = guards.Evidence(
     metric=task.metric[0], mode=task.metric[1], outputs={"data": {guards.TUNED: outputs}},
@@ -45,5 +33,28 @@ def judge(run, source: str, batch: int = 32) -> dict:
     "n": result["n"],
     "metrics": {k: v if np.isfinite(v) else None for k, v in result["metrics"].items()},
     "interval": result["interval"],
-    "counts": examples.report,
+    "counts": rows.examples.report,
   }
+
+
+def loader(run, source: str, predictor) -> loaders.Loader:
+  """Returns batches of every row of a source, as the predictor's task reads them.
+
+  Args:
+    run: pathlib.Path of a run's folder, whose config says how sources are read.
+    source: data spec.
+    predictor: predict.Predictor.
+  """
+  values = json.loads((run / "config.json").read_text())
+  values["data"] |= {
+    "train": source, "validation": "", "test": "", "extra": None,
+    "validation_fraction": 0.0, "test_fraction": 0.0,
+  }
+  config = config_lib.from_json(values)
+  rows = sources.load(config.data).splits["train"]
+  if "label" in predictor.task.needs and rows.labels is None:
+    raise errors.UserError(f"{source}: has no labels; scripts/predict.py needs none")
+  examples = loaders.prepare(rows, predictor.task.example, preprocess=predictor.preprocess,
+                             drop_policy=config.data.drop)
+  return loaders.Loader(examples, predictor.batch, pad=predictor.preprocess.pad,
+                        buckets=predictor.preprocess.buckets)

@@ -90,20 +90,24 @@ def place_leaf(leaf, sharding):
 
 
 def place_batch(batch: dict, sharding: NamedSharding) -> dict:
-  """Puts this process's rows of a batch (dict of arrays with equal first axis) on its devices."""
-  return {
-    key: jax.make_array_from_process_local_data(sharding, np.asarray(value))
-    for key, value in batch.items()
-  }
+  """Puts this process's rows of a batch on its devices.
+
+  Args:
+    batch: (nested) dict of arrays whose first axis are rows.
+    sharding: of the rows.
+  """
+  return jax.tree.map(
+    lambda value: jax.make_array_from_process_local_data(sharding, np.asarray(value)), batch
+  )
 
 
-def check_batch(mesh: Mesh, size: int, accumulate: int) -> None:
-  """Raises UserError unless a batch divides into micro-batches and devices."""
+def check_batch(mesh: Mesh, size: int, accumulate: int, key: str = "train.batch") -> None:
+  """Raises UserError in the name of a key unless a batch divides into micro-batches and devices."""
   devices = mesh.shape["data"] * mesh.shape["fsdp"]
   if size % accumulate or (size // accumulate) % devices:
     step = accumulate * devices
     raise errors.UserError(
-      f"train.batch={size} does not divide into train.accumulate={accumulate} micro-batches on "
+      f"{key}={size} does not divide into train.accumulate={accumulate} micro-batches on "
       f"{devices} devices; {max(step, size // step * step)} would"
     )
 

@@ -4,14 +4,13 @@ Every rule takes the same step, p <- p - rate(t) * factor(p) * (update + weight_
 weight decay is decoupled (Loshchilov & Hutter 2019) and means the same under each of them.
 """
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from ft import errors, tune
+from ft.tune import parts
 from ft.weights import stacking
 
 KEYS = {
@@ -35,10 +34,6 @@ KEYS = {
 # The keys a rule does not read have to keep their default: a value without effect is a mistake.
 READS = {"adamw": ("betas", "eps"), "lion": ("betas",), "sgd": ("momentum",), "adafactor": ()}
 BETAS = {"adamw": (0.9, 0.999), "lion": (0.9, 0.99)}
-
-_NUMBERED = re.compile(r"(?:^|/)[a-z]*(?:layer|block|stage)s?_(\d+)(?=/)|(?:^|/)h_(\d+)(?=/)")
-_BOTTOM = re.compile(r"embed|(?:^|/)(?:conv_)?stem|(?:^|/)w[tp]e/|cls_token", re.IGNORECASE)
-_NORM = re.compile(r"norm|(?:^|[/_])(?:ln|bn)[_\d/]", re.IGNORECASE)
 
 
 def make(config, trainable, total_steps: int, head: tuple[str, ...] = (), tuned=None):
@@ -68,18 +63,19 @@ def make(config, trainable, total_steps: int, head: tuple[str, ...] = (), tuned=
   factors = rate_factors(trainable, config.layer_decay, config.head_rate_factor, head)
   own = getattr(tuned, "rates", {})
   factors = _map(lambda path, factor: factor * own.get(path, 1.0), factors)
-  parts = [optax.clip_by_global_norm(config.clip)] if config.clip else []
-  parts += _rule(config)
+  firsts = _firsts(stages, trainable, total_steps) if stages else None
+  chain = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+  chain += _rule(config, firsts)
   if config.weight_decay:
-    parts.append(_decay(config.weight_decay, decay_mask(trainable), config.decay_to == "start"))
+    chain.append(_decay(config.weight_decay, decay_mask(trainable), config.decay_to == "start"))
   if any(np.any(factor != 1) for factor in jax.tree.leaves(factors)):
-    parts.append(optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors)))
+    chain.append(optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors)))
   if stages:
-    parts.append(_late(stages, trainable, total_steps, config))
-  parts.append(optax.scale_by_learning_rate(schedule))
+    chain.append(_still(firsts))
+  chain.append(optax.scale_by_learning_rate(schedule))
   if getattr(tuned, "after", None):
-    parts.append(tuned.after(total_steps))
-  return _in_float32(optax.chain(*parts)), schedule
+    chain.append(tuned.after(total_steps))
+  return _in_float32(optax.chain(*chain)), schedule
 
 
 def _staged_rate(schedule, stages, total_steps: int):
@@ -100,32 +96,43 @@ def _decay(rate: float, mask, to_start: bool) -> optax.GradientTransformationExt
   return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
 
 
-def _late(stages, trainable, total_steps: int, config) -> optax.GradientTransformation:
-  """Holds leaves still until their stage, and corrects Adam's moments for the steps they missed.
-
-  The moments of a leaf that waited are those of an optimizer that starts with it, except for the
-  correction of their start at zero, which counts the run's steps: the factor makes up for it.
-  """
+def _firsts(stages, trainable, total_steps: int):
+  """The step each leaf starts at, of a stacked leaf each layer: a tree of int32."""
   def first(path, _):
-    return np.round(np.asarray(stages.starts.get(path, 0.0)) * total_steps).astype(np.float32)
+    return np.round(np.asarray(stages.starts.get(path, 0.0)) * total_steps).astype(np.int32)
+  return _map(first, trainable)
 
-  firsts = _map(first, trainable)
-  betas = config.betas or BETAS["adamw"]
 
-  def factor(start, step):
-    if config.name != "adamw":
-      return jnp.where(step >= start, 1.0, 0.0)
-    own, b1, b2 = jnp.maximum(step - start, 0.0) + 1, *betas
-    mean = (1 - b1**(step + 1)) / (1 - b1**own)
-    square = (1 - b2**own) / (1 - b2**(step + 1))
-    return jnp.where(step >= start, mean * jnp.sqrt(square), 0.0)
-
+def _still(firsts) -> optax.GradientTransformation:
+  """Holds leaves still before their first step, so that nothing, decay included, moves them."""
   def update(updates, count, params=None):
     del params
-    step = count.astype(jnp.float32)
-    return jax.tree.map(lambda u, s: u * factor(s, step), updates, firsts), count + 1
+    held = jax.tree.map(lambda u, first: jnp.where(count >= first, u, 0.0), updates, firsts)
+    return held, optax.safe_increment(count)
 
   return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
+
+
+def _late_adam(b1: float, b2: float, eps: float, firsts) -> optax.GradientTransformation:
+  """Adam in which each leaf's moments are corrected for the steps since its own first one.
+
+  A leaf that waited has no gradient and moments of zero, so it then moves as under an Adam that
+  starts with it; the run's count of steps would give it smaller steps.
+  """
+  def update(updates, state, params=None):
+    del params
+    count = optax.safe_increment(state.count)
+    mean = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
+    square = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, updates)
+
+    def one(m, v, first):
+      own = jnp.maximum(count - first, 1).astype(jnp.float32)
+      return m / (1 - b1**own) / (jnp.sqrt(v / (1 - b2**own)) + eps)
+
+    updates = jax.tree.map(one, mean, square, firsts)
+    return updates, optax.ScaleByAdamState(count, mean, square)
+
+  return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update)
 
 
 def _check(config) -> None:
@@ -149,10 +156,12 @@ def _check(config) -> None:
     raise errors.UserError("optim.layer_decay=0 would freeze all layers; use tune.method='head'")
 
 
-def _rule(config) -> list[optax.GradientTransformation]:
-  """The update rule without decay and rate."""
+def _rule(config, firsts=None) -> list[optax.GradientTransformation]:
+  """The update rule without decay and rate; `firsts`: of leaves that start late, or None."""
   if config.name == "adamw":
     b1, b2 = config.betas or BETAS["adamw"]
+    if firsts is not None:
+      return [_late_adam(b1, b2, config.eps, firsts)]
     return [optax.scale_by_adam(b1, b2, config.eps)]
   if config.name == "lion":
     return [optax.scale_by_lion(*(config.betas or BETAS["lion"]))]
@@ -192,7 +201,7 @@ def decay_mask(trainable):
   def decays(path, leaf):
     name = path.rpartition("/")[2]
     axes = len(leaf.shape) - stacking.is_stacked(path)
-    return axes > 1 and name not in ("bias", "scale") and not _NORM.search(path)
+    return axes > 1 and name not in ("bias", "scale") and not parts.is_norm(path)
   return _map(decays, trainable)
 
 
@@ -206,7 +215,7 @@ def rate_factors(trainable, layer_decay: float = 1.0, head_factor: float = 1.0, 
   Raises:
     UserError: `layer_decay` is not 1 and no layer has a number.
   """
-  numbers = {path: _number(path, leaf) for path, leaf in tune.flatten(trainable).items()}
+  numbers = {path: parts.numbers(path, leaf) for path, leaf in tune.flatten(trainable).items()}
   count = 1 + max((int(np.max(n)) for n in numbers.values() if n is not None), default=-1)
   if layer_decay != 1 and not count:
     raise errors.UserError(
@@ -220,20 +229,9 @@ def rate_factors(trainable, layer_decay: float = 1.0, head_factor: float = 1.0, 
     if numbers[path] is not None:
       depth = numbers[path] + 1
     else:
-      depth = 0 if _BOTTOM.search(path) else count + 1
+      depth = 0 if parts.is_bottom(path) else count + 1
     return layer_decay ** np.float32(count + 1 - depth)
   return _map(factor, trainable)
-
-
-def _number(path: str, leaf):
-  """The layer number in a path: the first one, as inner modules may be numbered too.
-
-  Of stacked layers all numbers, of a shape that broadcasts over the leaf.
-  """
-  if stacking.is_stacked(path):
-    return np.arange(leaf.shape[0]).reshape(-1, *(1,) * (len(leaf.shape) - 1))
-  found = _NUMBERED.search(path)
-  return int(found[1] or found[2]) if found else None
 
 
 def _map(function, tree):

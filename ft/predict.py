@@ -10,26 +10,21 @@ import numpy as np
 
 from ft import errors, models, state
 from ft.data import loader as loaders
+from ft.tune import saving
 
 
 class Predictor:
   """A tuned model ready to answer.
 
   Args:
-    folder: of a run, or its `model/` (wherever it was copied to).
+    folder: of a run, or its `model/` or `adapter/` (wherever it was copied to).
     batch: rows that are computed together.
   Raises:
     UserError: the folder holds no exported model.
   """
 
   def __init__(self, folder, batch: int = 32):
-    folder = pathlib.Path(folder)
-    self.folder = folder / "model" if (folder / "model").is_dir() else folder
-    if not (self.folder / "ft.json").is_file():
-      raise errors.UserError(
-        f"{folder}: no exported model there (model/ft.json is missing); "
-        f"is the run finished, with train.export on?"
-      )
+    self.folder = exported(pathlib.Path(folder))
     spec = json.loads((self.folder / "ft.json").read_text())
     modality = importlib.import_module(f"ft.data.{spec['modality']}")
     self.preprocess = modality.Preprocess.from_spec(spec["preprocess"], self.folder)
@@ -38,11 +33,10 @@ class Predictor:
     self.calibration = spec["calibration"]
     self.batch = batch
     self.rows = self.preprocess.read_rows
-    pretrained = models.load(str(self.folder))
-    self.variables = pretrained.variables
     self.state = state.State(None, None, {}, {}, None, None)
+    apply, self.variables = _load(self.folder)
     self.step = state.make_predict_step(
-      self.task.predict, state.make_apply(pretrained.module), lambda frozen, trainable: frozen
+      self.task.predict, apply, lambda frozen, trainable: frozen
     )
 
   def __call__(self, rows: Iterable) -> Iterator[dict]:
@@ -84,6 +78,31 @@ class Predictor:
             one = {key: np.asarray(value[at]) for key, value in outputs.items()}
             answers[where[part[index]]] |= self.task.describe(one, self.calibration)
     return answers
+
+
+def exported(folder: pathlib.Path) -> pathlib.Path:
+  """Returns what a run left: its `model/`, else its `adapter/`; or the folder, if it is one of them.
+
+  Raises:
+    UserError: there is neither.
+  """
+  for place in (folder / "model", folder / "adapter", folder):
+    if (place / "ft.json").is_file():
+      return place
+  raise errors.UserError(
+    f"{folder}: no exported model there (model/ft.json and adapter/ft.json are missing); "
+    f"is the run finished, with train.export on?"
+  )
+
+
+def _load(folder: pathlib.Path):
+  """Returns (apply, variables) of an exported model or of an adapter and its base."""
+  if not saving.is_adapter(folder):
+    pretrained = models.load(str(folder))
+    return state.make_apply(pretrained.module), pretrained.variables
+  pretrained, tuned, trainable = saving.load(folder)
+  apply = state.make_apply(pretrained.module, tuned.interceptor, tuned.around)
+  return apply, tuned.combine(tuned.frozen, trainable)
 
 
 def _alike(examples: list[dict], pad: dict) -> list[list[int]]:

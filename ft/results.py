@@ -9,30 +9,52 @@ import jax
 import numpy as np
 from absl import logging
 
-from ft import card, evaluate, guards, logs, models
+from ft import card, evaluate, guards, logs, mesh, models, tune
 from ft import config as config_lib
 from ft.guards import overfit
+from ft.tune import saving
 
 
-def export(run, variables: dict, calibration: dict) -> None:
-  """Writes the tuned model to `model/` with all that prediction needs; see `models.export`.
+def export(run, tuned, frozen, state, calibration: dict, writer: bool) -> None:
+  """Writes what prediction needs: `model/`, and `adapter/` where a part of the model trained.
+
+  Args:
+    run, tuned: of the run.
+    frozen: the placed tree `tuned.frozen`, batch statistics that train taken out.
+    state: the best one.
+    calibration: what the task fitted on validation.
+    writer: whether this process writes; all of them have to call.
+
+  A method that plain weights cannot compute leaves no `model/`, full fine-tuning no `adapter/`.
 
   Raises:
     TrainingFailed: the written files do not give the same outputs.
   """
+  trainable, mutable = state.trainable, state.mutable
+  merged = None if tuned.merge is None else {**tuned.merge(frozen, trainable), **mutable}
+  if jax.process_count() > 1:  # the writer must hold what it writes
+    gather = jax.jit(lambda tree: tree, out_shardings=mesh.replicated(run.mesh))
+    frozen, trainable, mutable, merged = gather((frozen, trainable, mutable, merged))
+  if not writer:
+    return
   spec = {
     "modality": run.config.data.modality,
     "preprocess": run.preprocess.spec(),
     "task": {"name": run.config.task.name, **run.task.spec()},
     "calibration": calibration,
   }
-  files = {**run.pretrained.files, "ft.json": json.dumps(spec, indent=1).encode()}
-  tuned = dataclasses.replace(run.pretrained, variables=variables, files=files)
-  models.export(tuned, run.folder / "model")
+  if merged is not None:
+    files = {**run.pretrained.files, "ft.json": json.dumps(spec, indent=1).encode()}
+    models.export(dataclasses.replace(run.pretrained, variables=merged, files=files),
+                  run.folder / "model")
+  if run.config.tune.method != "full" and tuned.table:
+    base = saving.Base(config_lib.to_json(run.config.model), run.task.model_args, run.config.seed)
+    saving.save(run.folder / "adapter", run.pretrained, tuned, frozen, {**trainable, **mutable},
+                base, spec)
 
 
 def conclude(
-  run, tuned, outputs, baseline, calibration, host, examples, command, writer
+  run, tuned, outputs, baseline, calibration, host, examples, command, writer, tradeoff=()
 ) -> dict:
   """Builds the record of the run, writes its card and tells the terminal; returns the record.
 
@@ -41,6 +63,7 @@ def conclude(
     baseline: row name -> split -> what no training gives, or None.
     calibration: what the task fitted on validation.
     host: what the loop recorded.
+    tradeoff: what `averaging.sweep` measured.
   """
   metric, mode = run.task.metric
   rows = {
@@ -60,7 +83,7 @@ def conclude(
   found = guards.measure(run.config.guard, evidence)
   record = {
     "title": run.config.title or f"{run.config.model.source}: {run.config.task.name}",
-    "notes": list(run.config.notes),
+    "notes": [*run.config.notes, *tuned.notes],
     "command": command,
     "config": config_lib.to_json(run.config),
     "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -76,6 +99,7 @@ def conclude(
     "calibration": found["calibrate"]["numbers"],
     "guards": found,
     "cost": found["cost"]["numbers"],
+    "tradeoff": list(tradeoff),
   }
   if writer:
     card.write(record, run.folder)
@@ -109,7 +133,7 @@ def describe_data(run, examples: dict) -> dict:
 
 def describe_model(run, tuned) -> dict:
   """The card's account of what was loaded and what trained."""
-  trainable, frozen = count(tuned.trainable), count(tuned.frozen)
+  trainable, frozen = count(tuned.trainable), count(tune.shapes(tuned))
   return {
     "source": run.config.model.source,
     "family": run.pretrained.family,
@@ -133,7 +157,7 @@ def describe_cost(run, tuned, host: dict) -> dict:
     "examples_per_second": host["examples"] / loop,
     "compile_seconds": host["compile_seconds"],
     "data_wait_share": host["waited"] / loop,
-    "parameters": trainable + count(tuned.frozen),
+    "parameters": trainable + count(tune.shapes(tuned)),
     "trainable": trainable,
     "checkpoint_bytes": newest or None,
     "devices": jax.device_count(),

@@ -51,11 +51,13 @@ class Extras:
   """What is minimised beside the task's loss, and how; the defaults change nothing.
 
   `fixed` is what the caller gives the step beside the frozen variables: a dict of trees that
-  neither train nor change, such as {"start": the trainable tree before training}.
+  neither train nor change, such as {"start": the trainable tree before training}. The optimizer
+  gets them as extra arguments.
 
   Attributes:
     wrap: task loss -> loss'(apply, variables, batch, rng, base) -> (total, weight, aux), where
-      base() gives the variables with fixed["start"] in place of what trains.
+      base() gives the variables before training: fixed["start"] in place of what trains, and
+      fixed["mutable"] in place of what the forward pass updates, where it updates something.
     terms: further losses.
     penalty: (trainable, fixed) -> scalar, added to the mean loss once a step.
     point: (trainable, fixed, rng) -> trainable, at which training's forward pass is evaluated.
@@ -95,7 +97,8 @@ def make_apply(
   """apply(variables, inputs, rng=None, mutable=()) -> (outputs, updates).
 
   A dropout stream exists only where an rng is given, and layers take its presence as training.
-  Inputs that are `features` go to the label head alone.
+  Inputs that are `features` go to the label head alone, those that are `hidden` to the language
+  model's head: {"hidden": (…, D)} gives {"logits": (…, V)}.
 
   Args:
     module: the model.
@@ -110,6 +113,9 @@ def make_apply(
       if "features" in inputs:
         logits, updates = module.apply(**arguments, method="head", features=inputs["features"])
         return {"features": inputs["features"], "logits": logits}, updates
+      if "hidden" in inputs:
+        logits, updates = module.apply(**arguments, method="lm_logits", hidden=inputs["hidden"])
+        return {"logits": logits}, updates
       return module.apply(**arguments, **inputs)
 
   return around(apply) if around else apply
@@ -158,7 +164,7 @@ def make_train_step(
     if extras.point:
       point = extras.point(point, fixed, rng)
     variables = {**combine(frozen, point), **mutable}
-    base = lambda: {**combine(frozen, fixed["start"]), **mutable}  # noqa: E731
+    base = lambda: {**combine(frozen, fixed["start"]), **fixed.get("mutable", {})}  # noqa: E731
     total, weight, aux = loss(call, variables, batch, rng, base)
     return total, (weight, aux, updates)
 
@@ -198,6 +204,8 @@ def make_train_step(
     sums, grads, mutable = summed(trainable, mutable, frozen, fixed, rows, rng, stage, main)
     total, weight, aux = sums
     mean, aux = total / weight, {key: value / weight for key, value in aux.items()}
+    if extras.terms or extras.penalty:
+      aux["own_loss"] = mean
     grads = jax.tree.map(lambda g: (g / weight).astype(g.dtype), grads)
     for number, term in enumerate(extras.terms, 1):
       more, further, _ = summed(trainable, mutable, frozen, fixed, batch[term.key],

@@ -7,10 +7,8 @@ Nothing here knows which modality, model or task runs: those are files that the 
 
 import dataclasses
 import functools
-import importlib
 import math
 import os
-import pathlib
 import time
 from collections.abc import Callable
 
@@ -19,12 +17,13 @@ import numpy as np
 from absl import logging
 
 from ft import (
+  anchor,
+  averaging,
   checkpoint,
   errors,
   evaluate,
   logs,
   mesh,
-  models,
   optim,
   results,
   state,
@@ -32,8 +31,8 @@ from ft import (
   workdir,
 )
 from ft.data import loader as loaders
-from ft.data import sources
 from ft.preempt import Preemption
+from ft.run import Run, extract_features, make_loaders, prepare, probe_gradient
 
 KEYS = {
   "batch": (32, "rows in a step, over all devices and micro-batches", (1, None)),
@@ -49,35 +48,8 @@ KEYS = {
   "log_every": (10, "steps between log points", (1, None)),
   "bad_steps": (5, "steps in a row that are not finite before the run fails", (1, None)),
   "baselines": (True, "compare with what needs no training"),
-  "export": (True, "write the tuned model to model/ at the end"),
+  "export": (True, "write the tuned model to model/ and adapter/ at the end"),
 }
-PROBE = 8  # batches of train whose gradient a tuning method may look at
-
-
-@dataclasses.dataclass
-class Run:
-  """What the chapters of one run hand on."""
-
-  config: object
-  folder: pathlib.Path
-  mesh: jax.sharding.Mesh
-  data: sources.Data
-  task: object
-  preprocess: object
-  pretrained: models.Pretrained
-  first_example: str
-  poll: Callable
-  started: float = dataclasses.field(default_factory=time.monotonic)
-  seconds: dict = dataclasses.field(default_factory=dict)  # phase -> wall seconds
-
-  def place(self, batch: dict) -> dict:
-    return mesh.place_batch(batch, mesh.batch_sharding(self.mesh))
-
-  def lap(self, phase: str) -> None:
-    """Books the time since the last lap to a phase."""
-    now = time.monotonic()
-    self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.started
-    self.started = now
 
 
 def train(config, folder: os.PathLike, command: str = "") -> dict | None:
@@ -104,9 +76,10 @@ def train(config, folder: os.PathLike, command: str = "") -> dict | None:
     # What trains, and what stays as it was.
     tuned = tune.init(
       config.tune, run.pretrained.variables, jax.random.PRNGKey(config.seed), run.pretrained.head,
-      tune.Context(run.pretrained, functools.partial(probe_gradient, run, examples)),
+      tune.Context(run.pretrained, functools.partial(probe_gradient, run, examples), report=True),
     )
     logging.info("%s", tune.describe(tuned))
+    averaging.check(config, tuned)
     frozen, mutable = dict(tuned.frozen), {}
     if config.model.batch_stats == "train" and "batch_stats" in frozen:
       mutable = {"batch_stats": frozen.pop("batch_stats")}
@@ -114,19 +87,25 @@ def train(config, folder: os.PathLike, command: str = "") -> dict | None:
 
     # What no training gets; with a frozen body the same features serve to train the head.
     features = baseline = None
-    if config.train.baselines or tuned.only_head:
+    only_head = tuned.only_head and run.task.head_features
+    if config.train.baselines or only_head:
       features = extract_features(run, examples, frozen, mutable, tuned)
     if config.train.baselines:
       baseline = run.task.baselines(features)
     run.lap("baselines")
-    if tuned.only_head and not run.preprocess.augments:
+    if only_head and not run.preprocess.augments:
       examples = {name: loaders.from_arrays(arrays) for name, arrays in features.items()}
 
-    # The state: pretrained or resumed.
+    # What keeps it close to what was known, or from learning the rows by heart.
     load = make_loaders(run, examples)
+    apply = state.make_apply(run.pretrained.module, tuned.interceptor, tuned.around)
+    anchors = anchor.make(config, anchor.Context(run, tuned, frozen, mutable, apply))
+    load["train"].beside = anchors.beside
+
+    # The state: pretrained or resumed.
     total = config.train.steps or max(1, round(config.train.epochs * load["train"].steps_per_epoch))
     tx, schedule = optim.make(config.optim, tuned.trainable, total, run.pretrained.head, tuned)
-    fresh = state.create(tuned.trainable, mutable, tx, config.seed)
+    fresh = state.create(tuned.trainable, mutable, tx, config.seed, config.average.ema)
     fresh = mesh.place(fresh, mesh.shardings(run.mesh, fresh))
     checkpoints = checkpoint.Checkpoints(home.path / "checkpoints", config.train.keep)
     now, host = checkpoints.restore_newest(fresh) or (fresh, new_host())
@@ -135,126 +114,36 @@ def train(config, folder: os.PathLike, command: str = "") -> dict | None:
       run.seconds[phase] = run.seconds.get(phase, 0.0) + seconds
 
     # The loop.
-    apply = state.make_apply(run.pretrained.module, tuned.interceptor, tuned.around)
     step = state.make_train_step(
-      run.task.loss, apply, tuned.combine, tx, config.train.accumulate, schedule, tuned.stages
+      run.task.loss, apply, tuned.combine, tx, config.train.accumulate, schedule, tuned.stages,
+      anchors.extras,
     )
     predict = state.make_predict_step(
       run.task.predict, apply, tuned.combine, mesh.replicated(run.mesh)
     )
-    loop = Loop(run, load, frozen, step, predict, checkpoints, total, preemption, tuned.stages)
+    loop = Loop(run, load, frozen, anchors.fixed, step, predict, checkpoints, total, preemption,
+                tuned.stages)
     now, host = loop.go(now, host)
     run.lap("training")
 
     # The best state, judged once on data that no choice was made on.
     if host["best_step"] != int(now.step):
       now, _ = checkpoints.restore_best(host["best_step"], now)
+    final = averaging.Final(tuned, predict, state.averaged(now), frozen)
+    if config.average.wise:
+      final = averaging.sweep(run, final, load)
     outputs = {
-      name: evaluate.run(predict, now, frozen, load[name], run.place, poll)
+      name: evaluate.run(final.predict, final.state, final.frozen, load[name], run.place, poll)
       for name in load if name not in ("train", "train_sample")
     }
     run.lap("final evaluation")
-    merged = {**tuned.merge(frozen, now.trainable), **now.mutable}
-    if jax.process_count() > 1:  # the writer must hold what it writes
-      merged = jax.jit(lambda tree: tree, out_shardings=mesh.replicated(run.mesh))(merged)
     calibration = run.task.calibrate(outputs["validation"])
-    if config.train.export and writer:
-      results.export(run, merged, calibration)
+    if config.train.export:
+      results.export(run, final.tuned, final.frozen, final.state, calibration, writer)
     run.lap("export")
     return results.conclude(
-      run, tuned, outputs, baseline, calibration, host, examples, command, writer
+      run, tuned, outputs, baseline, calibration, host, examples, command, writer, final.tradeoff
     )
-
-
-def prepare(config, folder, poll) -> tuple[Run, dict]:
-  """Reads the data, preprocesses it, and loads the model for the task."""
-  started = time.monotonic()
-  grid = mesh.make(config.mesh)
-  mesh.check_batch(grid, config.train.batch, config.train.accumulate)
-  data = sources.load(config.data)
-  for name in {"train", "validation", "test"} - data.splits.keys():
-    raise errors.UserError(
-      f"data: there is no {name} split; name its source in data.{name}, or leave "
-      f"data.{name}_fraction above 0 to carve it out of train"
-    )
-  info = models.inspect(config.model.source, config.model.family)
-  if info.modality != config.data.modality:
-    raise errors.UserError(
-      f"data.modality={config.data.modality}: {config.model.source} reads {info.modality}; "
-      f"set data.modality={info.modality}"
-    )
-  modality = importlib.import_module(f"ft.data.{config.data.modality}")
-  preprocess = modality.Preprocess(config.data, info)
-  task = importlib.import_module(f"ft.tasks.{config.task.name}").Task(config.task, data, preprocess)
-  examples = {}
-  for name, rows in data.splits.items():
-    poll()
-    examples[name] = loaders.prepare(
-      rows, task.example, preprocess=preprocess,
-      drop_policy=config.data.drop, cache_bytes=config.data.cache_bytes,
-    )
-  first = preprocess.show(examples["train"][0])
-  logging.info("first example: %s", first)
-  poll()
-  pretrained = models.load_config(
-    config.model, task.model_args, jax.random.PRNGKey(config.seed),
-    sharding=functools.partial(mesh.shard, grid),
-  )
-  run = Run(config, folder, grid, data, task, preprocess, pretrained, first, poll, started)
-  run.lap("data and model")
-  return run, examples
-
-
-def make_loaders(run: Run, examples: dict) -> dict:
-  """A shuffling loader for train, one in fixed order for every other split."""
-  c, made = run.config, {}
-  sample = c.train.train_sample
-  if sample:
-    examples = {**examples, "train_sample": loaders.take(examples["train"], sample, c.seed)}
-  for name, part in examples.items():
-    training = name == "train"
-    made[name] = loaders.Loader(
-      part,
-      c.train.batch if training else c.train.eval_batch or 2 * c.train.batch,
-      seed=c.seed,
-      pad={} if part.lengths is None else run.preprocess.pad,
-      buckets=getattr(run.preprocess, "buckets", ()),
-      augment=run.preprocess.augment if training and run.preprocess.augments else None,
-      shuffle=training,
-      process_index=jax.process_index(), process_count=jax.process_count(),
-      workers=c.data.workers, prefetch=c.data.prefetch,
-    )
-  return made
-
-
-def extract_features(run: Run, examples: dict, frozen, mutable, tuned) -> dict:
-  """What the label head reads of every example before training: split -> arrays (N, …)."""
-  untouched = state.State(None, None, tuned.trainable, mutable, None, None)
-  apply = state.make_apply(run.pretrained.module, tuned.interceptor)
-  step = state.make_predict_step(
-    run.task.features, apply, tuned.combine, mesh.replicated(run.mesh)
-  )
-  load = {name: part.in_order() for name, part in make_loaders(run, examples).items()}
-  load.pop("train_sample", None)
-  return evaluate.once(
-    run.folder / evaluate.FEATURES, step, untouched, frozen, load, run.place, run.poll
-  )
-
-
-def probe_gradient(run: Run, examples: dict):
-  """Mean gradient of the loss of the model as loaded, over up to PROBE batches of train: a tree."""
-  apply = state.make_apply(run.pretrained.module)
-  loader = make_loaders(run, {"train": examples["train"]})["train"]
-
-  def loss(params, variables, batch):
-    call = lambda variables, inputs, rng=None: apply(variables, inputs)[0]  # noqa: E731
-    total, weight, _ = run.task.loss(call, {**variables, "params": params}, batch, None)
-    return total / weight
-
-  gradient, variables = jax.jit(jax.grad(loss)), run.pretrained.variables
-  batches = [run.place(loader.batch(i)) for i in range(min(PROBE, loader.steps_per_epoch))]
-  grads = [gradient(variables["params"], variables, batch) for batch in batches]
-  return {"params": jax.tree.map(lambda *g: sum(g) / len(g), *grads)}
 
 
 def new_host() -> dict:
@@ -275,6 +164,7 @@ class Loop:
   run: Run
   load: dict
   frozen: object
+  fixed: dict
   step: Callable
   predict: Callable
   checkpoints: checkpoint.Checkpoints
@@ -328,7 +218,7 @@ class Loop:
     self.waited, self.host["waited"] = self.waited + waited, self.host["waited"] + waited
     began, compiled = time.monotonic(), self.step._cache_size()
     stage = self.stages.of(number, self.total) if self.stages else 0
-    now, metrics = self.step(now, self.frozen, batch, {}, stage)
+    now, metrics = self.step(now, self.frozen, batch, self.fixed, stage)
     if self.step._cache_size() > compiled:
       self.host["compile_seconds"] += time.monotonic() - began
     before, self.pending = self.pending, (number, metrics, index)
@@ -379,7 +269,7 @@ class Loop:
   def evaluate(self, now: state.State, number: int) -> None:
     """Metrics of the validation rows and a sample of the training rows, both in evaluation mode."""
     self.flush()
-    run, host, line = self.run, self.host, {}
+    run, host, line, now = self.run, self.host, {}, state.averaged(now)
     for name in ("validation", "train_sample"):
       if name in self.load:
         out = evaluate.run(self.predict, now, self.frozen, self.load[name], run.place, run.poll)

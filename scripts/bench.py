@@ -2,6 +2,7 @@
 
     python scripts/bench.py step [--rows=minilm,efficientnet-lite0] [--rounds=9] [--json]
     python scripts/bench.py generate | load | compile
+    python scripts/bench.py methods [--rows=full,lora] [--data=DIR] [--keep=FILE]
 
 step: one training step (forward, backward, AdamW), float32, dropout on, the same batch on both
 sides. Both take turns in one process; median and range of the rounds are printed, and the peak
@@ -10,7 +11,9 @@ generate: greedy decoding of SmolLM2-135M, float32, both sides taking turns, tok
 load: reading SmolLM2-135M from safetensors, files in the page cache.
 compile: trace and compilation of SmolLM2-135M's training step (30 layers, AdamW), unrolled and
 with model.scan.
-All but `compile` compare with torch and transformers: they need the extra `test`.
+methods: every way to tune on one small real problem, see bench_methods.py; with --keep the rows are
+added to a file, and those it has are not measured again.
+All but `compile` and `methods` compare with torch and transformers: they need the extra `test`.
 """
 
 import importlib.util
@@ -31,6 +34,8 @@ FLAGS = flags.FLAGS
 flags.DEFINE_list("rows", [], "rows of the table; empty: all of them")
 flags.DEFINE_integer("rounds", 9, "timed steps a side", lower_bound=1)
 flags.DEFINE_bool("json", False, "print JSON in place of a Markdown table")
+flags.DEFINE_string("data", "../shared/data", "methods: folder with the two data sets")
+flags.DEFINE_string("keep", "", "methods: file of results, added to")
 flags.DEFINE_bool("memory", True, "measure peak memory too")
 
 _WARM_UP = 2  # steps that are not timed: the first one compiles
@@ -312,6 +317,20 @@ def bench_compile():
   return [{"what": "SmolLM2-135M, training step, trace and compile", "times": times}]
 
 
+def bench_methods():
+  """Measures every way to tune; see bench_methods.py."""
+  import bench_methods as methods
+
+  return methods.measure(FLAGS.data, FLAGS.rows, FLAGS.keep)
+
+
+def methods_table(results):
+  """Returns the results of `methods` as a Markdown table."""
+  import bench_methods as methods
+
+  return methods.table(results)
+
+
 def seconds_table(results):
   """Returns seconds of two sides as a Markdown table."""
   first, second = results[0]["times"]
@@ -386,7 +405,8 @@ def machine():
 
 # Subcommand -> (what measures, what makes a table of it).
 COMMANDS = {"step": (bench_step, step_table), "generate": (bench_generate, generate_table),
-            "load": (bench_load, seconds_table), "compile": (bench_compile, seconds_table)}
+            "load": (bench_load, seconds_table), "compile": (bench_compile, seconds_table),
+            "methods": (bench_methods, methods_table)}
 
 
 def main(argv):

@@ -100,3 +100,118 @@ def test_frozen_weights_cost_no_gradient_no_state_no_copy(split):
   assert memory.output_size_in_bytes < matrix
   assert full.memory_analysis().temp_size_in_bytes > matrix
   assert part.cost_analysis()["flops"] < 0.4 * full.cost_analysis()["flops"]
+
+
+# ---- What is minimised beside the loss ----
+
+
+def extended(split, extras, accumulate=1, tx=None, average=0.0):
+  """(step, fresh state) of a model whose head alone trains; both are cheap to compile."""
+  _, head, body = split
+  tx = tx or optax.sgd(0.1)
+  step = state.make_train_step(
+    loss, state.make_apply(Net()), tune.combine, tx, accumulate, extras=extras)
+  now = state.create(jax.tree.map(jnp.array, head), {}, tx, 0, average)
+  return lambda now, batch, fixed=None: step(now, body, batch, fixed), now
+
+
+def mean_loss(split, batch):
+  """The mean loss as a function of the head."""
+  _, _, body = split
+  apply = lambda variables, inputs, rng: Net().apply(variables, **inputs)  # noqa: E731
+
+  def value(head):
+    total, weight, _ = loss(apply, tune.combine(body, head), batch, None)
+    return total / weight
+
+  return value
+
+
+def close(tree, other, rtol=1e-5):
+  for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+    np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-7)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_term_is_the_mean_over_rows_of_its_own(split, accumulate):
+  lifted = lambda apply, variables, batch, rng, base: loss(apply, variables, batch, rng)  # noqa: E731
+  more = {key: value[:8] for key, value in data(seed=1).items()}
+  extras = state.Extras(terms=(state.Term(lifted, "replay", 0.5),))
+  step, now = extended(split, extras, accumulate)
+  _, head, _ = split
+  after, metrics = step(now, {**data(), "replay": more})
+  own, other = mean_loss(split, data()), mean_loss(split, more)
+  grads = jax.grad(lambda p: own(p) + 0.5 * other(p))(head)
+  close(after.trainable, jax.tree.map(lambda p, g: p - 0.1 * g, head, grads))
+  assert metrics["own_loss"] == pytest.approx(float(own(head)), rel=1e-5)
+  assert metrics["replay_loss"] == pytest.approx(float(other(head)), rel=1e-5)
+  assert metrics["loss"] == pytest.approx(float(own(head) + 0.5 * other(head)), rel=1e-5)
+
+
+def test_a_penalty_counts_once_a_step_however_the_batch_is_cut(split):
+  _, head, _ = split
+  square = lambda trainable, fixed: 3.0 * sum(  # noqa: E731
+    jnp.sum((p - s) ** 2) for p, s in
+    zip(jax.tree.leaves(trainable), jax.tree.leaves(fixed["start"]), strict=True))
+  start = jax.tree.map(lambda p: p + 0.01, head)
+  grads = jax.grad(lambda p: mean_loss(split, data())(p) + square(p, {"start": start}))(head)
+  for accumulate in (1, 4):
+    step, now = extended(split, state.Extras(penalty=square), accumulate)
+    after, metrics = step(now, data(), {"start": start})
+    close(after.trainable, jax.tree.map(lambda p, g: p - 0.1 * g, head, grads))
+    assert metrics["penalty"] == pytest.approx(float(square(head, {"start": start})), rel=1e-5)
+
+
+def test_sharpness_aware_steps_take_the_gradient_of_the_highest_point(split):
+  _, head, _ = split
+  value = mean_loss(split, data())
+  first = jax.grad(value)(head)
+  size = optax.tree.norm(first)
+  second = jax.grad(value)(jax.tree.map(lambda p, g: p + 0.05 * g / size, head, first))
+  step, now = extended(split, state.Extras(rho=0.05))
+  after, metrics = step(now, data())
+  close(after.trainable, jax.tree.map(lambda p, g: p - 0.1 * g, head, second))
+  assert metrics["loss"] == pytest.approx(float(value(head)), rel=1e-5)
+  plain = jax.tree.map(lambda p, g: p - 0.1 * g, head, first)
+  assert any(np.abs(a - b).max() > 1e-5 for a, b in
+             zip(jax.tree.leaves(after.trainable), jax.tree.leaves(plain), strict=True))
+
+
+def test_the_running_mean_follows_its_formula_and_skips_bad_steps(split):
+  step, now = extended(split, state.Extras(average=0.3), average=0.3)
+  mean = jax.tree.map(np.array, now.trainable)
+  for number in range(4):
+    now, _ = step(now, data(number))
+    keep = min(0.3, (1 + number) / (10 + number))
+    mean = jax.tree.map(lambda m, x, k=keep: k * m + (1 - k) * np.array(x), mean, now.trainable)
+    close(now.average, mean)
+  bad = data()
+  bad["x"][:] = np.nan
+  before = jax.tree.map(np.array, now.average)
+  now, _ = step(now, bad)
+  assert all(np.array_equal(a, b) for a, b in zip(
+    jax.tree.leaves(before), jax.tree.leaves(now.average), strict=True))
+  close(state.averaged(now).trainable, mean)
+  assert state.averaged(now.replace(average=None)).trainable is now.trainable
+
+
+def test_the_optimizer_sees_the_start_and_the_loss_the_base(split):
+  _, head, _ = split
+  seen = optax.GradientTransformationExtraArgs(
+    lambda params: optax.EmptyState(),
+    lambda updates, _, params, *, start, **more: (
+      jax.tree.map(lambda p, s: s - p, params, start), _))
+  start = jax.tree.map(lambda p: p + 1.0, head)
+  step, now = extended(split, state.Extras(), tx=seen)
+  close(step(now, data(), {"start": start})[0].trainable, start)
+
+  def wrap(loss):
+    def apart(apply, variables, batch, rng, base):
+      ours, theirs = (apply(v, {"x": batch["x"]})["logits"] for v in (variables, base()))
+      return jnp.sum((ours - theirs) ** 2), jnp.float32(len(batch["x"])), {}
+    return apart
+
+  step, now = extended(split, state.Extras(wrap=wrap))
+  assert step(now, data(), {"start": jax.tree.map(jnp.array, head)})[1]["loss"] == 0
+  step, now = extended(split, state.Extras(wrap=wrap))
+  assert step(now, data(), {"start": start})[1]["loss"] > 0

@@ -41,8 +41,8 @@ def intervals(rows, metric, low, high, label):
   return _svg(height, label, parts)
 
 
-def lines(series, label, mark=None, metric=""):
-  """Curves over steps.
+def lines(series, label, mark=None, metric="", axis="step"):
+  """Curves over steps, or over what `axis` names.
 
   Args:
     series: [(name, [(step, value)], class)] in drawing order. label: what a screen reader says.
@@ -52,6 +52,7 @@ def lines(series, label, mark=None, metric=""):
   points = [point for _, curve, _ in series for point in curve]
   first, last = min(s for s, _ in points), max(s for s, _ in points)
   last = last if last > first else first + 1
+  whole = axis == "step"
   low, high = span([v for _, v in points])
 
   def x(step):
@@ -60,8 +61,8 @@ def lines(series, label, mark=None, metric=""):
   def y(value):
     return bottom - (bottom - top) * (value - low) / (high - low)
 
-  parts = _axes(ticks(low, high, 5), ticks(first, last, 5), x, y, top, bottom, metric)
-  parts.append(h("text", "step", x=WIDTH - _RIGHT, y=height - 1, cls="tick end"))
+  parts = _axes(ticks(low, high, 5), ticks(first, last, 5), x, y, top, bottom, metric, whole=whole)
+  parts.append(h("text", axis, x=WIDTH - _RIGHT, y=height - 1, cls="tick end"))
   marked = mark is not None and first <= mark[0] <= last
   if marked:
     at, end = x(mark[0]), x(mark[0]) > WIDTH * 0.7
@@ -129,15 +130,15 @@ def ticks(low, high, most):
   return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _axes(y_ticks, x_ticks, x, y, top, bottom, metric, both=False):
+def _axes(y_ticks, x_ticks, x, y, top, bottom, metric, both=False, whole=True):
   parts = []
   for tick in y_ticks:
     parts.append(h("line", x1=_LEFT, x2=WIDTH - _RIGHT, y1=_r(y(tick)), y2=_r(y(tick)),
                    cls="grid"))
     parts.append(h("text", _tick(tick, metric), x=_LEFT - 6, y=_r(y(tick) + 4), cls="tick end"))
-  whole = [t for t in x_ticks if both or t == int(t)]
-  parts += [h("text", _tick(t, metric) if both else f"{int(t):,}", x=_r(x(t)), y=bottom + 15,
-              cls="tick mid") for t in whole]
+  shown = [t for t in x_ticks if both or not whole or t == int(t)]
+  parts += [h("text", _tick(t, metric) if both else f"{t:,.4g}" if not whole else f"{int(t):,}",
+              x=_r(x(t)), y=bottom + 15, cls="tick mid") for t in shown]
   return parts
 
 

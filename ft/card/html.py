@@ -90,7 +90,29 @@ def _results(record):
     panels.append(el.figure([h("b", name(split)), f" {unit}, n = {count:,}"],
                           charts.intervals(rows, metric, low, high, f"{split}, {unit}: {said}")))
   return join([h("div", panels, cls="figures"), _results_table(record, splits, unit),
-               _more_metrics(record)])
+               _more_metrics(record), _tradeoff(record)])
+
+
+def _tradeoff(record):
+  """Curves between pretrained and tuned weights, a panel a split, where a run measured them."""
+  rows, metric = record.get("tradeoff") or [], record["task"]["metric"]
+  if not rows:
+    return None
+  chosen = next(row["alpha"] for row in rows if row["chosen"])
+  panels = []
+  for split in dict.fromkeys(key for row in rows for key in row["values"]):
+    curve = [(row["alpha"], row["values"][split]) for row in rows
+             if words.finite(row["values"].get(split))]
+    if curve:
+      said = ", ".join(f"{words.number(value, metric)} at {alpha:g}" for alpha, value in curve)
+      svg = charts.lines([(split, curve, "one")], f"{split}, {words.unit(metric)}: {said}",
+                         (chosen, f"chosen: {chosen:g}"), metric, "share of the tuned weights")
+      panels.append(el.figure([h("b", name(split)), f" {words.unit(metric)}"], svg))
+  return join([
+    h("h3", "Between the pretrained and the tuned weights"),
+    h("p", "The weights are mixed in each share (WiSE-FT); the share that is best on validation "
+      "was judged on test and exported. Further splits show what was kept.", cls="soft"),
+    h("div", panels, cls="figures")])
 
 
 def _scale(entries, metric):

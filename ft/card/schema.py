@@ -62,6 +62,7 @@ FIELDS = (
     ("guards.*.words", "str!", "one sentence with the numbers"),
     ("guards.*.numbers", "dict", "the numbers behind it"),
     ("cost", "dict", "numbers of the cost guard: phases, compile_seconds, peak_host_bytes, …"),
+    ("tradeoff", "list[dict]", "of average.wise: alpha, chosen, values: split -> metric"),
     ("missing", "dict", "path of a null number -> why it has no value"),
 )
 

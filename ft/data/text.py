@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ft import errors
+from ft.data import turns
 from ft.weights import resolve
 
 KEYS = {
@@ -20,6 +21,7 @@ KEYS = {
     "truncation": ("truncate-right", "longer texts: cut at an end, drop the row, or stop",
                    ["truncate-right", "truncate-left", "drop", "error"]),
     "buckets": ((32, 64, 128), "lengths batches are padded to; max_length is always one", "list"),
+    "speakers": (None, "who speaks in turns -> system, user, assistant or tool", "dict"),
 }
 _COUNT_LOCK = threading.Lock()  # of the module, so that a Preprocess can be sent to a process
 _PROBE = "The quick brown fox: naïve café, 1234 Zürich!"
@@ -29,12 +31,15 @@ _NO_LIMIT = 10**9  # tokenizers without a limit state 1e30
 class Preprocess:
   """Turns {"text": str, "text_b": str, optional} into the token ids of one example.
 
+  A row with "turns" and no text is a conversation: the checkpoint's chat template makes its text
+  (see `ft.data.turns`), special tokens included, so the tokenizer adds none of its own.
+
   A call returns int32 arrays of shape (tokens,): `input_ids`, `attention_mask`, and for models that
   tell segments apart `token_type_ids`. Special tokens are set by the tokenizer's own template and
   survive truncation; of a pair the longer text is cut first.
 
   Args:
-    config: the `data` section (max_length, truncation, buckets).
+    config: the `data` section (max_length, truncation, buckets, speakers).
     info: what models.inspect says: `folder` holds tokenizer.json or vocab.txt, `hf_config` the
       model's limits.
 
@@ -57,6 +62,9 @@ class Preprocess:
     self.counts = {"truncated": 0, "too_long": 0}
     self._stops = config.truncation == "error"
     self._tokenizer, settings = _load_tokenizer(info.folder)
+    self._special = {i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
+    self._speakers = dict((getattr(config, "speakers", None) or {}).items())
+    self._render = turns.renderer(info.folder or ".", settings)
     self._check(info.hf_config or {}, settings, info.folder)
     self._segments = _has_segments(info.hf_config or {}, settings)
     self.buckets = _buckets(config.buckets, self.max_length)
@@ -68,18 +76,44 @@ class Preprocess:
 
   def __call__(self, row: dict) -> dict[str, np.ndarray]:
     """Returns the example of a row; RowError for one without text or too long to be used."""
-    encoding = self._encode(row)
+    return self.arrays(self.encode(row)[1])
+
+  def encode(self, row: dict) -> tuple:
+    """Returns (text, tokenizers.Encoding) of a row; see `__call__`."""
+    text, encoding = self._encode(row)
     too_long = len(encoding.ids) > self.max_length
     if too_long or encoding.overflowing:
       with _COUNT_LOCK:
         self.counts["too_long" if too_long else "truncated"] += 1
     if too_long:
       message = (f"{len(encoding.ids)} tokens, more than data.max_length={self.max_length}: "
-                 f"{row['text'][:60]!r}…")
+                 f"{text[:60]!r}…")
       raise errors.UserError(message) if self._stops else errors.RowError(message)
+    return text, encoding
+
+  def arrays(self, encoding) -> dict[str, np.ndarray]:
+    """Returns the example of what `encode` returned."""
     values = {"input_ids": encoding.ids, "attention_mask": encoding.attention_mask,
               "token_type_ids": encoding.type_ids}
     return {key: np.array(values[key], np.int32) for key in self._keys()}
+
+  def text_bytes(self, text: str, encoding, first: int = 0) -> int:
+    """Returns how many UTF-8 bytes of a row's text its tokens from `first` on stand for.
+
+    Special tokens stand for none. Spaces between tokens count with the token after them, whether or
+    not the tokenizer says so.
+    """
+    real = [span if i not in self._special and span[1] > span[0] else None
+            for i, span in zip(encoding.ids, encoding.offsets, strict=True)]
+    before, own = [s for s in real[:first] if s], [s for s in real[first:] if s]
+    if not own:
+      return 0
+    start = max(end for _, end in before) if before else own[0][0]
+    marks = [span for i, span in zip(encoding.ids, encoding.offsets, strict=True)
+             if i in self._special and span[0] >= start]
+    size = lambda span: len(text[span[0]:span[1]].encode("utf-8", "surrogatepass"))  # noqa: E731
+    return size((start, max(end for _, end in own))) - sum(
+        size(span) for span in marks if span[1] <= own[-1][1])
 
   def augment(self, example: dict, rng: np.random.Generator) -> dict:
     """Returns the example as it is."""
@@ -100,6 +134,10 @@ class Preprocess:
     text = self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
     return f"{text} ({len(ids)} tokens)"
 
+  def decode(self, ids) -> str:
+    """Returns the text of token ids (T,), without special tokens."""
+    return self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
+
   def read_rows(self, source: str) -> Iterator[dict | errors.RowError]:
     """Yields rows for prediction, with the columns the run was trained with; see `read_rows`."""
     return read_rows(source, self.columns)
@@ -113,7 +151,7 @@ class Preprocess:
     """Returns what `from_spec` needs, as JSON; the tokenizer itself is saved with the model."""
     return {"modality": "text", "max_length": self.max_length, "truncation": self.truncation,
             "buckets": list(self.buckets), "columns": self.columns,
-            "tokenizer": _fingerprint(self._tokenizer)}
+            "speakers": self._speakers, "tokenizer": _fingerprint(self._tokenizer)}
 
   @classmethod
   def from_spec(cls, spec: dict, folder) -> "Preprocess":
@@ -135,12 +173,16 @@ class Preprocess:
   def _keys(self) -> tuple[str, ...]:
     return ("input_ids", "attention_mask", *(("token_type_ids",) if self._segments else ()))
 
-  def _encode(self, row: dict):
-    text, other = row.get("text"), row.get("text_b")
+  def _encode(self, row: dict) -> tuple:
+    text, other, marked = row.get("text"), row.get("text_b"), False
+    if "text" not in row and "turns" in row:
+      messages = turns.messages(row["turns"], self._speakers)
+      marked = self._render is not None
+      text = self._render(messages) if marked else turns.plain(messages)
     if not isinstance(text, str) or not text.strip():
       raise errors.RowError("no text")
     try:
-      return self._tokenizer.encode(text, other or None)
+      return text, self._tokenizer.encode(text, other or None, add_special_tokens=not marked)
     except (UnicodeError, TypeError) as e:
       raise errors.RowError(f"text that cannot be tokenized: {e}") from e
 

@@ -20,8 +20,8 @@ from absl import logging
 VERDICTS = ("ok", "warning", "alarm", "not measured")
 
 # Names of the rows of every results table, in reading order; other baselines come between.
-TUNED, PROBE, MAJORITY = "fine-tuned", "probe", "majority"
-NAMES = {PROBE: "frozen probe", MAJORITY: "majority class"}
+TUNED, PROBE, MAJORITY, ZERO_SHOT = "fine-tuned", "probe", "majority", "zero-shot"
+NAMES = {PROBE: "frozen probe", MAJORITY: "majority class", ZERO_SHOT: "pretrained model"}
 
 
 @dataclasses.dataclass
@@ -33,9 +33,9 @@ class Evidence:
     mode: "max" or "min", what is better.
     history: one dict a log point: "step", "train/loss" (training mode), "train/<metric>"
       (evaluation mode, on a sample), "validation/<metric>", "validation/loss" or "…/log_loss".
-    outputs: split -> row name ("majority", "probe", "fine-tuned") -> arrays over the whole split in
-      row order, with "label" (N,) or (N, C) and, for classifiers, "logits" (N, C).
-    score: outputs -> (N,) contribution of each example to the metric.
+    outputs: split -> row name ("majority", "probe", "zero-shot", "fine-tuned") -> arrays (N, …) over
+      the whole split in row order; of classifiers "label" (N,) or (N, C) and "logits" (N, C).
+    score: outputs -> (N,) contribution of each example to the metric; None: it is no mean of them.
     metrics: outputs -> dict of metrics.
     value: outputs -> the selection metric alone; it is resampled where the metric is no mean of
       scores, and should then be cheap. Without it `metrics` is used.

@@ -17,6 +17,7 @@ KEYS = {
 
 # Percentage points are how people speak of these metrics; any other is given in its own unit.
 SHARES = ("accuracy", "macro_f1", "auroc")
+UNITS = {"nats_per_token": " nats/token"}
 
 
 def measure(config, evidence):
@@ -84,7 +85,7 @@ def results(evidence, resamples=1000):
   for split, rows in evidence.outputs.items():
     table[split] = {}
     for name, outputs in rows.items():
-      entry = {"metrics": dict(evidence.metrics(outputs)), "n": len(outputs["label"])}
+      entry = {"metrics": dict(evidence.metrics(outputs)), "n": _count(outputs)}
       lo, hi = _interval(evidence, outputs, resamples)
       entry["interval"] = {evidence.metric: [lo, hi]}
       if evidence.score is not None:
@@ -108,12 +109,12 @@ def differences(evidence, resamples=1000):
       continue
     tuned = rows[guards.TUNED]
     for name, outputs in rows.items():
-      if name == guards.TUNED or len(outputs["label"]) != len(tuned["label"]):
+      if name == guards.TUNED or _count(outputs) != _count(tuned):
         continue
       difference, lo, hi = _paired(evidence, tuned, outputs, resamples)
       table.setdefault(split, {})[f"{guards.TUNED} - {name}"] = {
           "metric": evidence.metric, "difference": difference, "lo": lo, "hi": hi,
-          "n": len(tuned["label"]), "verdict": judge(lo, hi, evidence.mode)}
+          "n": _count(tuned), "verdict": judge(lo, hi, evidence.mode)}
   return table
 
 
@@ -126,7 +127,7 @@ def judge(lo, hi, mode="max"):
 
 def signed(row, metric):
   """"+8.1 points [6.5, 9.9]" of a difference row; shares in points, others in their own unit."""
-  scale, unit, digits = (100, " points", 1) if metric in SHARES else (1, "", 3)
+  scale, unit, digits = _unit(metric)
   values = [row[key] for key in ("difference", "lo", "hi")]
   if not all(_finite(value) for value in values):
     return "interval not defined"
@@ -135,6 +136,16 @@ def signed(row, metric):
   text = [f"{value:.{digits}f}".replace("-", "−") for value in shown]
   plus = "+" if shown[0] > 0 else ""
   return f"{plus}{text[0]}{unit} [{text[1]}, {text[2]}]"
+
+
+def _unit(metric):
+  """(factor, unit, decimals) that a difference of a metric is written with."""
+  return (100, " points", 1) if metric in SHARES else (1, UNITS.get(metric, ""), 3)
+
+
+def _count(outputs):
+  """How many rows the outputs (arrays that share their first axis) are of."""
+  return len(next(iter(outputs.values())))
 
 
 def _decomposes(evidence, outputs):
@@ -149,7 +160,7 @@ def _decomposes(evidence, outputs):
 
 
 def _interval(evidence, outputs, resamples):
-  if not len(outputs["label"]):
+  if not _count(outputs):
     return float("nan"), float("nan")
   if _decomposes(evidence, outputs):
     return stats.bootstrap(evidence.score(outputs), resamples)
@@ -157,7 +168,7 @@ def _interval(evidence, outputs, resamples):
 
 
 def _paired(evidence, tuned, baseline, resamples):
-  if not len(tuned["label"]):
+  if not _count(tuned):
     return (float("nan"),) * 3
   if _decomposes(evidence, tuned) and _decomposes(evidence, baseline):
     return stats.paired_bootstrap(evidence.score(tuned), evidence.score(baseline), resamples)
@@ -184,7 +195,7 @@ def _severity(split, verdict):
 
 
 def _gap_words(curve, metric):
-  scale, unit, digits = (100, " points", 1) if metric in SHARES else (1, "", 3)
+  scale, unit, digits = _unit(metric)
   words = (f"train {metric} {scale * curve['train']:.{digits}f} against validation "
            f"{scale * curve['validation']:.{digits}f} at step {curve['best_step']}, "
            f"a gap of {scale * curve['gap']:.{digits}f}{unit}").replace("-", "−")

@@ -69,7 +69,7 @@ KEYS = {
   "channels": (0, "channels of the input images; 0: as it is", (0, None)),
   "depth": (0, "layers to cut to, or to grow to; 0: as it is", (0, None)),
 }
-_SURGERY = ("vocab_size", "image_size", "channels", "depth")
+CHANGES = ("vocab_size", "image_size", "channels", "depth")
 _WEIGHTS = "model.safetensors"
 # Small files that belong to a model beside its weights and config.json, by glob.
 _COMPANIONS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model",
@@ -232,7 +232,7 @@ def load_config(config, model_args: dict, rng, sharding=None) -> Pretrained:
   compute = layers.Compute(jnp.dtype(dtype), config.attention, config.scan, config.remat)
   loaded = load(config.source, family=config.family, pooling=config.pooling,
                 dropout=config.dropout, dtype=jnp.dtype(config.dtype), compute=compute, rng=rng,
-                changes={name: config[name] for name in _SURGERY}, sharding=sharding, **model_args)
+                changes={name: config[name] for name in CHANGES}, sharding=sharding, **model_args)
   logging.info("%s: %s", config.source, loaded.report)
   return loaded
 

@@ -6,9 +6,13 @@
     cudnn   NVIDIA GPUs, bfloat16 or float16 (jax.nn.dot_product_attention)
     splash  TPUs (jax's Pallas kernel): causal, windows, packed segments
 
+Under `prefix`, further keys and values stand before a model's own.
+
 Shapes: B batch, T queries, S keys, H heads, K key heads (H is a multiple of K), D features.
 """
 
+import contextlib
+import contextvars
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +28,7 @@ NO_WINDOW = 2**30
 # Below this many queries the plain form is as fast as cuDNN's kernels, and takes any mask.
 _SHORT = 512
 _BLOCK = 128  # queries and keys that splash takes at a time
+_PREFIX = contextvars.ContextVar("prefix", default=None)
 
 
 @struct.dataclass
@@ -42,6 +47,23 @@ class Mask:
   segments: Any = None
   offset: Any = None
   causal: bool = struct.field(pytree_node=False, default=False)
+
+
+@contextlib.contextmanager
+def prefix(k, v):
+  """Within it, `attention` puts keys and values before those it is given.
+
+  Every query sees them, whatever mask, window and segments say of the others, and whether those
+  come from a cache or not; a bias is 0 for them.
+
+  Args:
+    k, v: (P, K * D), the same for all rows of the batch.
+  """
+  token = _PREFIX.set((k, v))
+  try:
+    yield
+  finally:
+    _PREFIX.reset(token)
 
 
 def attention(q, k, v, mask: Mask | None = None, *, window=NO_WINDOW, bias=None,
@@ -71,7 +93,8 @@ def attention(q, k, v, mask: Mask | None = None, *, window=NO_WINDOW, bias=None,
   mask = Mask() if mask is None else mask
   scale = q.shape[-1]**-0.5 if scale is None else scale
   args = (q, k, v, mask, window, scale)
-  extras = {"a bias": bias is not None, "a soft cap": bool(softcap), "dropout": _acts(drop)}
+  extras = {"a bias": bias is not None, "a soft cap": bool(softcap), "dropout": _acts(drop),
+            "a prefix": _PREFIX.get() is not None}
   if implementation == "auto":
     implementation = choose(q, k, mask, window, extras)
   elif implementation in _REFUSES:
@@ -82,7 +105,9 @@ def attention(q, k, v, mask: Mask | None = None, *, window=NO_WINDOW, bias=None,
     return _cudnn(*args)
   if implementation == "splash":
     return _splash(*args)
-  return _xla(*args, bias, softcap, drop)
+  seen = visible(mask, q.shape[1], k.shape[1], window)
+  k, v, seen, bias = _prefixed(k, v, seen, bias)
+  return _xla(q, k, v, seen, scale, bias, softcap, drop)
 
 
 def choose(q, k, mask: Mask, window, extras: dict) -> str:
@@ -126,7 +151,28 @@ def _acts(drop) -> bool:
   return drop is not None and bool(getattr(drop, "rate", 1.0)) and drop.has_rng("dropout")
 
 
-def _xla(q, k, v, mask, window, scale, bias, softcap, drop):
+def _prefixed(k, v, seen, bias):
+  """Returns keys, values, mask and bias with the prefix, where there is one, before them."""
+  if _PREFIX.get() is None:
+    return k, v, seen, bias
+  keys = k.shape[1]
+
+  def before(part, own):
+    part = part.astype(own.dtype).reshape(-1, *own.shape[2:])
+    return jnp.concatenate([jnp.broadcast_to(part, (own.shape[0], *part.shape)), own], axis=1)
+
+  def widened(array, value):
+    if array is None:
+      return None
+    array = jnp.broadcast_to(array, (*array.shape[:-1], keys))
+    return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(k.shape[1] - keys, 0)],
+                   constant_values=value)
+
+  k, v = (before(part, own) for part, own in zip(_PREFIX.get(), (k, v), strict=True))
+  return k, v, widened(seen, True), widened(bias, 0)
+
+
+def _xla(q, k, v, seen, scale, bias, softcap, drop):
   batch, queries, heads, size = q.shape
   keys, groups = k.shape[1:3]
   q = (q * jnp.asarray(scale, q.dtype)).reshape(batch, queries, groups, heads // groups, size)
@@ -136,7 +182,6 @@ def _xla(q, k, v, mask, window, scale, bias, softcap, drop):
     scores = jnp.tanh(scores / softcap) * softcap
   if bias is not None:
     scores = scores + bias
-  seen = visible(mask, queries, keys, window)
   if seen is not None:
     scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
   probabilities = jax.nn.softmax(scores, axis=-1).astype(v.dtype)

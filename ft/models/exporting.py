@@ -1,10 +1,12 @@
 """Export: a model written in its upstream layout, read back, compared, then put in place."""
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -31,21 +33,39 @@ def export(pretrained, folder, metadata: dict | None = None,
     TrainingFailed: what was written does not read back as the same model.
     UserError: the folder holds something else, or cannot be written.
   """
+  holds = lambda there: (there / "config.json").is_file() and any(  # noqa: E731
+    (there / name).is_file() for name in _WEIGHTS)
+  with whole(folder, holds, "model") as staging:
+    _write(pretrained, staging, metadata or {}, shard_bytes)
+    _compare(pretrained, staging)
+
+
+@contextlib.contextmanager
+def whole(folder, holds: Callable[[pathlib.Path], bool], what: str):
+  """Gives a temporary folder that becomes `folder` at the end, unless an exception ends it.
+
+  Args:
+    folder: new, empty, or one that `holds` what was written before, which is replaced.
+    holds: whether an existing folder is of that kind.
+    what: "model" or "adapter", for messages.
+
+  Raises:
+    UserError: the folder holds something else, or cannot be written.
+  """
   folder = pathlib.Path(folder).absolute()
-  if folder.exists() and not _replaceable(folder):
-    raise errors.UserError(f"{folder} exists and is not an exported model; name another folder")
+  if folder.exists() and not (folder.is_dir() and (holds(folder) or not any(folder.iterdir()))):
+    raise errors.UserError(f"{folder} exists and is not an exported {what}; name another folder")
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-      _write(pretrained, staging, metadata or {}, shard_bytes)
-      _compare(pretrained, staging)
+      yield staging
       staging.chmod(0o777 & ~_umask())
       _swap(staging, folder)
     finally:
       shutil.rmtree(staging, ignore_errors=True)
   except OSError as e:
-    raise errors.UserError(f"cannot write the model to {folder}: {e}") from e
+    raise errors.UserError(f"cannot write the {what} to {folder}: {e}") from e
 
 
 def _write(pretrained, folder, metadata, shard_bytes) -> None:
@@ -108,12 +128,6 @@ def _compare(pretrained, folder) -> None:
     same = jax.tree.map(lambda a, b: np.array_equal(a, b, equal_nan=True), value, got[name])
     if not jax.tree.all(same):
       fail(f"on a probe batch, {name} is another")
-
-
-def _replaceable(folder) -> bool:
-  whole = any((folder / name).is_file() for name in _WEIGHTS)
-  return folder.is_dir() and (whole and (folder / "config.json").is_file()
-                              or not any(folder.iterdir()))
 
 
 def _swap(staging, folder) -> None:

@@ -62,7 +62,7 @@ NAMES = [
     # In Gemma it stands before the feed-forward part, whatever its name says.
     _norm("post_attention_layernorm", "mlp_norm", "model_type=gemma"),
     _norm("post_attention_layernorm", "post_norm", "model_type=gemma2|gemma3_text"),
-    _norm("pre_feedforward_layernorm", "mlp_norm"),
+    _norm("pre_feedforward_layernorm", "mlp_norm", "model_type=gemma2|gemma3_text"),
     _norm("post_feedforward_layernorm", "post_mlp_norm"),
     Rule(_LAYER + "self_attn.rotary_emb.inv_freq", transform="keep"),  # files of before 2024
     Rule(_BASE + "norm.weight", "params/norm/scale"),

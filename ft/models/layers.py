@@ -46,13 +46,56 @@ class Compute:
   remat: str = "none"
 
 
+@dataclasses.dataclass(frozen=True)
+class Stored:
+  """A kernel (in, out) in the form it is kept in, such as codes of few bits, that is read on use.
+
+  A product's backward pass reads it again: what the forward pass read would stay in memory until
+  then, for all layers at once.
+
+  Attributes:
+    arrays: what is kept, a pytree.
+    read: arrays -> kernel.
+  """
+
+  arrays: Any
+  read: Callable
+
+  @property
+  def T(self):  # noqa: N802  as an array's
+    """The transposed kernel."""
+    return Stored(self.arrays, lambda arrays: self.read(arrays).T)
+
+
+def read(kernel):
+  """Returns a kernel as an array, whether it is one or `Stored`."""
+  return kernel.read(kernel.arrays) if isinstance(kernel, Stored) else kernel
+
+
 def product(x, kernel, bias=None, dtype=jnp.float32):
-  """Returns x (..., in) times kernel (in, out) plus bias (out,), computed as one 2-D product."""
+  """Returns x (..., in) times kernel (in, out) plus bias (out,), computed as one 2-D product.
+
+  The kernel is an array or `Stored`.
+  """
   rows = x.astype(dtype).reshape(-1, x.shape[-1])
-  y = rows @ kernel.astype(dtype)
+  if isinstance(kernel, Stored):
+    y = jax.checkpoint(lambda rows, arrays: rows @ kernel.read(arrays).astype(dtype))(
+      rows, kernel.arrays)
+  else:
+    y = rows @ kernel.astype(dtype)
   if bias is not None:
     y = y + bias.astype(dtype)
-  return y.reshape(*x.shape[:-1], kernel.shape[-1])
+  return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _joined(kernels):
+  """Returns kernels of equal input side by side."""
+  if not any(isinstance(kernel, Stored) for kernel in kernels):
+    return jnp.concatenate(kernels, axis=1)
+  parts = [kernel if isinstance(kernel, Stored) else Stored(kernel, lambda array: array)
+           for kernel in kernels]
+  return Stored([part.arrays for part in parts], lambda arrays: jnp.concatenate(
+    [part.read(array) for part, array in zip(parts, arrays, strict=True)], axis=1))
 
 
 class Linear(nn.Module):
@@ -72,7 +115,10 @@ class Linear(nn.Module):
 
   @nn.compact
   def weights(self, in_features: int):
-    """Returns (kernel (in_features, features), bias (features,) or None)."""
+    """Returns (kernel (in_features, features), bias (features,) or None); a hook.
+
+    The kernel that a hook gives may be `Stored`.
+    """
     kernel = self.param("kernel", self.kernel_init, (in_features, self.features))
     bias = None
     if self.use_bias:
@@ -102,11 +148,11 @@ def fused(modules: Sequence[Linear], x) -> list:
   if few or any(module.prepare(x) is not x for module in modules):
     return [module(x) for module in modules]
   weights = [module.weights(x.shape[-1]) for module in modules]
-  kernel = jnp.concatenate([kernel for kernel, _ in weights], axis=1)
+  kernel = _joined([kernel for kernel, _ in weights])
   bias = None
   if any(module.use_bias for module in modules):
-    bias = jnp.concatenate([jnp.zeros(kernel.shape[1:], kernel.dtype) if bias is None else bias
-                            for kernel, bias in weights])
+    bias = jnp.concatenate([jnp.zeros(module.features, modules[0].dtype) if bias is None else bias
+                            for module, (_, bias) in zip(modules, weights, strict=True)])
   y = product(x, kernel, bias, modules[0].dtype)
   ends = [sum(m.features for m in modules[:i + 1]) for i in range(len(modules) - 1)]
   return [m.adapt(x, part) for m, part in zip(modules, jnp.split(y, ends, axis=-1), strict=True)]
@@ -206,11 +252,11 @@ class Embedding(nn.Module):
 
   @nn.compact
   def table(self):
-    """Returns the parameter."""
+    """Returns the parameter; a hook, which may give it `Stored`."""
     return self.param("embedding", self.embedding_init, (self.size, self.features))
 
   def rows(self, ids):
-    """Returns the table's rows (..., features)."""
+    """Returns the table's rows (..., features); a hook."""
     return jnp.take(self.table(), ids, axis=0, mode="fill")
 
   def adapt(self, ids, y):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ft import errors, stats
+from ft import errors, mixing, stats
 
 KEYS = {
   "labels_kind": ("single", "one label an example, or several (a list, or a|b)",
@@ -22,13 +22,14 @@ KEYS = {
                        (0.0, None)),
   "label_smoothing": (0.0, "share of the target spread over all classes", (0.0, 0.99)),
   "mixup": (0.0, "alpha of the Beta that mixes pairs of images and labels; 0: off", (0.0, None)),
+  "cutmix": (0.0, "alpha of the Beta of the share that a box from another image takes; 0: off",
+             (0.0, None)),
   "metric": ("accuracy", "what the best checkpoint is chosen by",
              ["accuracy", "macro_f1", "auroc"]),
 }
 
 # What a batch holds beside the model's inputs.
 BOOKKEEPING = ("label", "weight", "index", "stop")
-MIXED = "pixel_values"
 STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # of the probe: inverse regularisation
 
 
@@ -42,7 +43,12 @@ class Task:
     labels: class names by index; integers in their order, other names sorted.
     model_args: what the model has to be loaded with.
     metric: (name, "max").
+    needs: roles that a row has to have beside the model's inputs.
+    head_features: `features` are what the head reads, so that a head alone can be trained on them.
   """
+
+  needs = ("label",)
+  head_features = True
 
   def __init__(self, config, data, preprocess):
     """Settles the classes from the training rows.
@@ -56,8 +62,9 @@ class Task:
       UserError: no labels, a single class, a measured value as label, a label that train lacks,
         or mixup of something other than images.
     """
-    if config.mixup and "image" not in data.columns:
-      raise errors.UserError("task.mixup mixes images, and the data has none; set task.mixup=0")
+    for key in ("mixup", "cutmix"):
+      if config[key] and "image" not in data.columns:
+        raise errors.UserError(f"task.{key} mixes images, and the data has none; set it to 0")
     named = {name: _named_labels(rows, config.labels_kind) for name, rows in data.splits.items()}
     labels = _order({label for names in named["train"] for label in names})
     self._settle(config.labels_kind, labels, config.metric, preprocess)
@@ -130,10 +137,20 @@ class Task:
     names = _names(row["label"], self.multi)
     if self.multi:
       label = np.zeros(len(self.labels), np.float32)
-      label[[self._index[name] for name in names]] = 1
+      label[[self._number(name) for name in names]] = 1
     else:
-      label = np.int32(self._index[names[0]])
+      label = np.int32(self._number(names[0]))
     return {**example, "label": np.asarray(label)}
+
+  def unlabelled(self, row: dict) -> dict:
+    """Returns preprocess(row): an example for what takes no loss of its label."""
+    return self.preprocess(row)
+
+  def _number(self, name: str) -> int:
+    if name not in self._index:
+      raise errors.UserError(f"label {name!r} does not occur in train"
+                             f"{errors.suggest(name, self._index)}; train has {_some(self.labels)}")
+    return self._index[name]
 
   def loss(self, apply: Callable, variables, batch: dict, rng) -> tuple:
     """Returns sums over the batch: (total, weight, {"accuracy": …}); weight 0 masks a row.
@@ -143,14 +160,54 @@ class Task:
     the classes. Logit adjustment: Menon et al. (2021).
     """
     inputs, hot = self._inputs(batch), self._hot(batch["label"])
-    if self._config.mixup and rng is not None:
-      inputs, hot = mix(inputs, hot, batch["weight"], self._config.mixup, rng)
+    if (self._config.mixup or self._config.cutmix) and rng is not None:
+      inputs, hot = mixing.mix(inputs, hot, batch["weight"], rng, self._config.mixup,
+                               self._config.cutmix)
     raw = apply(variables, inputs, rng)["logits"].astype(jnp.float32)
     logits = raw + self._config.logit_adjustment * jnp.asarray(self._log_prior, jnp.float32)
     losses, rows = self._losses(logits, hot)
     rows = rows * batch["weight"]
     right = self._right(raw, hot)
     return jnp.sum(losses * batch["weight"]), jnp.sum(rows), {"accuracy": jnp.sum(rows * right)}
+
+  def divergence(self, apply: Callable, variables, base_variables, batch: dict,
+                 temperature: float = 1.0) -> tuple:
+    """Returns (total, weight), sums over rows: T² KL(base ‖ ours) of the label distributions.
+
+    Rows weigh as in the loss; of several labels a row, the mean over them. Both sides pass
+    gradients on. T² keeps the gradient's size (Hinton et al. 2015, arXiv:1503.02531).
+    """
+    inputs = self._inputs(batch)
+    ours, base = (apply(v, inputs, None)["logits"].astype(jnp.float32) / temperature
+                  for v in (variables, base_variables))
+    if self.multi:
+      each = jnp.mean(_kl(jnp.stack([base, 0 * base], -1), jnp.stack([ours, 0 * ours], -1)), -1)
+    else:
+      each = _kl(base, ours)
+    weight = self._row_weights(batch)
+    return temperature**2 * jnp.sum(each * weight), jnp.sum(weight)
+
+  def drift(self, apply: Callable, variables, base_variables, batch: dict) -> tuple:
+    """Returns (total, weight), sums over rows: how far the head's features are from the base's.
+
+    The squared distance over the squared norm of the base's: what a base whose label head is new
+    can say of a row.
+    """
+    inputs = self._inputs(batch)
+    ours, base = (apply(v, inputs, None)["features"].astype(jnp.float32)
+                  for v in (variables, base_variables))
+    rest = tuple(range(1, base.ndim))
+    each = jnp.sum(jnp.square(ours - base), rest) / jnp.maximum(
+      jnp.sum(jnp.square(base), rest), 1e-12)
+    weight = self._row_weights(batch)
+    return jnp.sum(each * weight), jnp.sum(weight)
+
+  def _row_weights(self, batch: dict):
+    """Returns (B,) how much rows weigh in the loss; those without a label by `weight` alone."""
+    if "label" not in batch:
+      return batch["weight"]
+    hot = self._hot(batch["label"])
+    return batch["weight"] * self._losses(jnp.zeros_like(hot), hot)[1]
 
   def _losses(self, logits, hot):
     """Returns weighted losses (B,) and the weights (B,) that normalise them."""
@@ -308,35 +365,6 @@ class Task:
     return best
 
 
-def mix(inputs: dict, hot, weight, alpha: float, rng) -> tuple:
-  """Mixup: each image with that of the reversed batch, by a share from Beta(alpha, alpha).
-
-  Source: Zhang et al. (2018). Rows whose partner is padding stay as they are.
-
-  Args:
-    inputs: "pixel_values" (B, H, W, 3) float, after normalisation.
-    hot: targets (B, C) float32. weight: (B,).
-
-  Returns:
-    (inputs, hot), mixed.
-
-  Raises:
-    UserError: the inputs are cached features.
-  """
-  if "features" in inputs:
-    raise errors.UserError(
-      "task.mixup mixes images, but this run trains the head on features computed once; "
-      "set task.mixup=0, or train more than the head"
-    )
-  pixels = inputs[MIXED]
-  # Its own stream, so that the dropout masks are those of a run without mixup.
-  share = jax.random.beta(jax.random.fold_in(rng, 0x6D6978), alpha, alpha, weight.shape)
-  share = jnp.where(weight[::-1] > 0, share, 1.0).astype(jnp.float32)
-  wide = share[:, None, None, None].astype(pixels.dtype)
-  mixed = pixels * wide + pixels[::-1] * (1 - wide)
-  return {**inputs, MIXED: mixed}, hot * share[:, None] + hot[::-1] * (1 - share[:, None])
-
-
 def probes(features, label, classes: int):
   """Yields logistic regressions from strong to weak regularisation, each started at the last.
 
@@ -398,6 +426,12 @@ def _fit(model, features, target, strength: float) -> tuple:
     warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
     model.set_params(C=strength).fit(features, target)
   return model.coef_.T, model.intercept_
+
+
+def _kl(base, ours):
+  """Returns KL(softmax(base) ‖ softmax(ours)) over the last axis."""
+  known = jax.nn.log_softmax(base)
+  return jnp.sum(jnp.exp(known) * (known - jax.nn.log_softmax(ours)), -1)
 
 
 def _label(batch: dict) -> dict:

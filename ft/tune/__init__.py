@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from flax import traverse_util
 
@@ -20,6 +21,10 @@ from ft import errors
 from ft.config import choices
 
 KEYS = {
+  "init": ("", "adapter folder that training starts from: PEFT's, or adapter/ of a run"),
+  "quantize": ("none", "frozen kernels and embedding tables are kept in 8 or 4 bits",
+               ["none", "int8", "nf4"]),
+  "quantize_targets": ((), "expressions of module paths to quantise; (): all that pay"),
   "also_train": ((), "adapters: expressions of further parameters, which train in full"),
 }
 
@@ -42,10 +47,12 @@ class Context:
     pretrained: the loaded model (`models.Pretrained`), or None: its config gives sizes that the
       parameters do not show, such as the number of key heads.
     gradient: () -> gradients of the loss on a probe batch, a tree like {"params": …}; or None.
+    report: whether to run the model for what `Tuned.notes` say.
   """
 
   pretrained: Any = None
   gradient: Callable[[], Tree] | None = None
+  report: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +81,9 @@ class Stages:
     return sum(step >= start for start in self.steps(total)) - 1
 
   def live(self, path: str, stage: int):
-    """Returns whether a leaf trains in a stage: bool, or an array of them for stacked layers."""
+    """Returns whether a leaf trains in a stage: bool, or an array where only some layers do."""
     live = np.asarray(self.starts.get(path, 0.0)) <= self.shares()[stage]
-    return live if live.ndim else bool(live)
+    return live if live.any() and not live.all() else bool(live.all())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +106,9 @@ class Tuned:
     penalty: trainable -> scalar that is added to the mean loss, or None.
     after: total steps -> optax transformation behind the optimizer's, or None. It sees gradients as
       the extra argument `gradient`.
+    settings: the section `tune` that was in force, which `tune.init` may have filled in.
+    plain: frozen -> the same with plain parameters in place of quantised ones.
+    notes: sentences for the card.
   """
 
   trainable: Tree
@@ -113,6 +123,9 @@ class Tuned:
   stages: Stages | None = None
   penalty: Callable[[Tree], Any] | None = None
   after: Callable[[int], Any] | None = None
+  settings: Any = None
+  plain: Callable[[Tree], Tree] = lambda frozen: frozen
+  notes: tuple[str, ...] = ()
 
 
 def init(config, variables: Mapping, rng, head: tuple[str, ...] = (),
@@ -127,7 +140,7 @@ def init(config, variables: Mapping, rng, head: tuple[str, ...] = (),
     context: what else is known.
 
   Returns:
-    The split; its leaves are the given arrays, none copied.
+    The split; its leaves are the given arrays, none copied, but for those that are quantised.
 
   Raises:
     UserError: the method is unknown, or its settings do not fit this model.
@@ -137,8 +150,15 @@ def init(config, variables: Mapping, rng, head: tuple[str, ...] = (),
     raise errors.UserError(
       f"tune.method={name!r} is none of {', '.join(known)}{errors.suggest(name, known)}"
     )
-  method = importlib.import_module(f"ft.tune.{name}")
-  return method.init(config, variables, rng, head, context or Context())
+  if config.get("init"):
+    reading = importlib.import_module("ft.tune.peft_reading")
+    tuned = reading.start(config, variables, rng, head, context)
+  else:
+    method = importlib.import_module(f"ft.tune.{name}")
+    tuned = method.init(config, variables, rng, head, context or Context())
+    tuned = dataclasses.replace(tuned, settings=tuned.settings or config)
+  quantize = importlib.import_module("ft.tune.quantize")
+  return quantize.apply(tuned, config, head, context)
 
 
 def flatten(tree: Mapping) -> dict[str, Any]:
@@ -236,9 +256,14 @@ def _intercepted(interceptor, call, context, *args, **kwargs):
   return interceptor(call, args, kwargs, context)
 
 
+def shapes(tuned: Tuned) -> Tree:
+  """Returns the shapes of what is frozen, quantised parameters as they were before."""
+  return jax.eval_shape(tuned.plain, tuned.frozen)
+
+
 def describe(tuned: Tuned) -> str:
   """Returns a text table of what trains: layers of one kind in a row, parameters, share."""
-  kept = sum(math.prod(leaf.shape) for path, leaf in flatten(tuned.frozen).items()
+  kept = sum(math.prod(leaf.shape) for path, leaf in flatten(shapes(tuned)).items()
              if path.startswith("params/"))
   trained = sum(row.count for row in tuned.table)
   total = max(trained + kept, 1)

@@ -54,6 +54,11 @@ class Layer:
   _leaf: Any
   _index: int | None = None
 
+  @property
+  def stacked(self) -> bool:
+    """Whether it is one of a stack, whose adapters have to be alike."""
+    return self._index is not None
+
   def kernel(self):
     """Returns the kernel or table, of `shape`, in its own dtype."""
     leaf = self._leaf if self._index is None else self._leaf[self._index]
@@ -156,7 +161,26 @@ def init(adapter: Adapter, config, variables, rng, head=(), *, chosen=None,
   )
 
 
+def beside(leaves, config, variables, head=(), **more) -> tune.Tuned:
+  """Returns what methods that add parameters but adapt no layer by itself make of them.
+
+  Args:
+    leaves: {path: array}, below COLLECTION; they train, as do the head and `tune.also_train`.
+    config, variables, head: see `init`.
+    more: other fields of tune.Tuned; plain weights cannot compute the same.
+  """
+  also_train = tune.matcher(config.also_train, variables, "tune.also_train")
+  trained, frozen = tune.split(
+    variables, lambda path: tune.under(path, head) or also_train(path))
+  added = tune.unflatten({path: jnp.asarray(leaf) for path, leaf in leaves.items()})
+  return tune.build(tune.combine(trained, added), frozen, head, merge=None, **more)
+
+
 def _merger(adapter, groups):
+  # Without their weights: a closure that holds those would keep them in memory.
+  groups = {path: [dataclasses.replace(layer, _leaf=None) for layer in group]
+            for path, group in groups.items()}
+
   def merge(frozen, trainable):
     flat = tune.flatten(tune.combine(frozen, trainable))
     plain = {path: leaf for path, leaf in flat.items() if not path.startswith(COLLECTION + "/")}
@@ -283,15 +307,33 @@ def _search(target: str, paths) -> list[str]:
     raise errors.UserError(f"tune.targets: {target!r} is no regular expression: {e}") from e
 
 
-def check_rank(rank: int, layer: Layer) -> None:
+def check_rank(rank: int, layer: Layer, key: str = "tune.rank") -> None:
   """Raises UserError where an update of this rank would be no smaller than the layer."""
   inputs, outputs = math.prod(layer.shape[:-1]), layer.shape[-1]
   if rank > min(inputs, outputs):
     raise errors.UserError(
-      f"tune.rank={rank} is larger than the smaller side of {layer.path} "
+      f"{key}={rank} is larger than the smaller side of {layer.path} "
       f"({inputs} x {outputs}); use at most {min(inputs, outputs)}, "
       "or leave that layer out of tune.targets"
     )
+
+
+def kaiming(rng: np.random.Generator, shape: tuple[int, ...], inputs: int) -> np.ndarray:
+  """Returns the start that torch gives a linear layer of so many inputs, uniform and float32."""
+  bound = 1 / math.sqrt(inputs)
+  return rng.uniform(-bound, bound, shape).astype(np.float32)
+
+
+def refuse_peft(given: Mapping, *keys: str) -> None:
+  """Raises UserError where an adapter_config.json sets one of these keys, which we do not compute.
+
+  Its dropouts need no refusal: they act in training only.
+  """
+  for key in keys:
+    if given.get(key):
+      raise errors.UserError(
+        f"adapter_config.json: {key}={given[key]!r} is not supported for "
+        f"{given.get('peft_type', 'this method')}; save the adapter without it")
 
 
 def dropout(module, x, rate: float):
@@ -345,6 +387,7 @@ class Interceptor:
 
   def _weights(self, p, call, args, kwargs, module):
     kernel, bias = call(*args, **kwargs)
+    kernel = layers.read(kernel)
     pointwise = kernel.ndim == 4 and kernel.shape[:2] == (1, 1)
     matrix = kernel.reshape(kernel.shape[2:]) if pointwise else kernel
     new, bias = self._adapter.weights(p, matrix, bias, module)

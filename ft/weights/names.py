@@ -235,8 +235,7 @@ def dump_tree(leaves: Mapping, rules: Iterable[Rule], layout: Layout | None = No
   layout = layout or Layout()
   usual = prefix
   if prefix is None or prefix is True:  # as in the names of the file, if any has it
-    found = (_parse(name, rules)[1].get("optional") for name in layout.names.values())
-    usual = next(filter(None, found), prefix)
+    usual = optional_part(layout, rules) or prefix
   prefix = usual if prefix is True else prefix
   sources = {}
   for path, leaf in leaves.items():
@@ -262,6 +261,44 @@ def dump_tree(leaves: Mapping, rules: Iterable[Rule], layout: Layout | None = No
     if rule:
       out[_write(rule.theirs, groups, prefix)] = tensors_lib.ArrayTensor(value)
   return out
+
+
+def ours(name: str, rules: Iterable[Rule], config=None) -> tuple[str, "Rule | None"]:
+  """Returns (our path, its rule) of an upstream name of any version; ("", None) of no parameter."""
+  rule, path = _forwards(name, tuple(r for r in rules if r.holds(config)))
+  return (path, rule) if path else ("", None)
+
+
+def theirs(path: str, rules: Iterable[Rule], config=None, prefix: bool | str = False) -> tuple:
+  """Returns (upstream's name in memory, its rule) of one of our paths.
+
+  Where a family's table has several names of one parameter, those of files come first and that of
+  the newest upstream class, which its files need not have, comes last.
+
+  Args:
+    path: "params/…", of one layer (not of a stack).
+    rules: the family's name table.
+    config: the model config that the rules' `only` conditions look at.
+    prefix: whether to write the optional part of names, or which.
+
+  Raises:
+    KeyError: no rule gives the path.
+  """
+  rule, groups = _rule_of(path, [r for r in rules if r.holds(config)][::-1])
+  return _write(rule.theirs, groups, prefix), rule
+
+
+def tied(path: str, rules: Iterable[Rule], config=None, prefix: bool | str = False) -> list[str]:
+  """Returns the further upstream names of one of our paths, as of an output layer; see `theirs`."""
+  return [_write(rule.theirs, {}, prefix) for rule in rules
+          if rule.transform == "tied" and rule.ours == path and rule.holds(config)]
+
+
+def optional_part(layout: Layout, rules: Iterable[Rule]) -> str:
+  """Returns the optional part of names in the file that a model came from; "" if it has none."""
+  rules = tuple(rules)
+  found = (_parse(name, rules)[1].get("optional") for name in layout.names.values())
+  return next(filter(None, found), "")
 
 
 class _Dumped(tensors_lib.LazyTensor):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from ml_collections import config_dict
 
-from ft import errors, stats
+from ft import errors, mixing, stats
 from ft.tasks import classify
 
 LOGITS = np.float32([[2.0, -1.0, 0.5], [0.1, 0.2, 0.3], [-1.0, 3.0, 0.0], [0.0, 0.0, 5.0]])
@@ -204,7 +204,7 @@ def test_apply_gets_finished_inputs_or_features_alone():
 def test_mixup():
   pixels = jnp.arange(4.0)[:, None, None, None] * jnp.ones((4, 2, 2, 3))
   hot, weight = jnp.eye(4), jnp.array([1.0, 1.0, 1.0, 0.0])
-  inputs, mixed = classify.mix({"pixel_values": pixels}, hot, weight, 1.0, jax.random.key(0))
+  inputs, mixed = mixing.mix({"pixel_values": pixels}, hot, weight, jax.random.key(0), alpha=1.0)
   np.testing.assert_allclose(mixed.sum(1), 1, rtol=1e-6)
   np.testing.assert_array_equal(inputs["pixel_values"][0], pixels[0])  # its partner is padding
   for i, j in ((1, 2), (2, 1)):

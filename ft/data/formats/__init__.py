@@ -68,7 +68,8 @@ def read(path: pathlib.Path | str, options: Options) -> Table:
     path = pathlib.Path(path)
     if not path.exists():
       raise resolve.missing(path)
-    name = name or ("images" if path.is_dir() else suffixes.get(path.suffix.lower(), ""))
+    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    name = name or ("images" if path.is_dir() else suffixes.get(suffix.lower(), ""))
   display = options.display or str(path)
   if name not in modules:
     raise errors.UserError(

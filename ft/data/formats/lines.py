@@ -1,6 +1,8 @@
 """Text files: CSV, TSV and JSON lines."""
 
+import contextlib
 import csv
+import gzip
 import json
 import pathlib
 from collections.abc import Iterator
@@ -16,24 +18,39 @@ MAX_FIELD = 2**31 - 1
 def read(path: pathlib.Path, options: Options) -> Table:
   """Reads a CSV, TSV or JSONL file: every value of a CSV or TSV file is a string."""
   read_rows = _json_rows if options.format == "jsonl" else _delimited_rows
-  try:
-    columns, records, lines = read_rows(path, options)
-  except UnicodeDecodeError as e:
-    raise _not_text(path, options) from e
-  except LookupError as e:
-    raise errors.UserError(f"data.encoding={options.encoding!r} is no encoding: {e}") from e
+  with decoded(path, options) as file:
+    columns, records, lines = read_rows(file, options)
   return Table(options.display, tuple(columns), records,
                lambda i: f"{options.display}: line {lines[i]}", path.parent)
 
 
-def _open(path: pathlib.Path, options: Options):
+@contextlib.contextmanager
+def decoded(path: pathlib.Path, options: Options):
+  """Opens a text file for reading, unpacked where its name ends in .gz.
+
+  Raises:
+    UserError: what is read of it is not text in the encoding, or not packed as its name says.
+  """
   # utf-8-sig also reads what has no byte order mark
   encoding = options.encoding.lower().replace("_", "-")
-  return open(path, encoding="utf-8-sig" if encoding in ("utf-8", "utf8") else encoding, newline="")
+  encoding = "utf-8-sig" if encoding in ("utf-8", "utf8") else encoding
+  try:
+    with _opener(path)(path, "rt", encoding=encoding, newline="") as file:
+      yield file
+  except UnicodeDecodeError as e:
+    raise _not_text(path, options) from e
+  except LookupError as e:
+    raise errors.UserError(f"data.encoding={options.encoding!r} is no encoding: {e}") from e
+  except (gzip.BadGzipFile, EOFError) as e:
+    raise errors.UserError(f"{options.display} is no whole gzip file: {e}") from e
 
 
-def _delimited_rows(path: pathlib.Path, options: Options):
-  rows = _quoted(path, options) if _has_quotes(options) else _plain(path, options)
+def _opener(path: pathlib.Path):
+  return gzip.open if path.suffix == ".gz" else open
+
+
+def _delimited_rows(file, options: Options):
+  rows = _quoted(file, options) if _has_quotes(options) else _plain(file, options)
   columns, source = list(options.names), "data.names"
   if options.header:
     line, columns = next(rows, (1, []))
@@ -65,31 +82,29 @@ def _delimiter(options: Options) -> str:
   return "," if options.format == "csv" else "\t"
 
 
-def _plain(path: pathlib.Path, options: Options) -> Iterator[tuple[int, list[str]]]:
+def _plain(file, options: Options) -> Iterator[tuple[int, list[str]]]:
   """Yields (line number, fields) of a file in which a quote is a character like any other."""
-  with _open(path, options) as file:
-    for line, text in enumerate(file, 1):
-      if text := text.rstrip("\r\n"):
-        yield line, text.split(_delimiter(options))
+  for line, text in enumerate(file, 1):
+    if text := text.rstrip("\r\n"):
+      yield line, text.split(_delimiter(options))
 
 
-def _quoted(path: pathlib.Path, options: Options) -> Iterator[tuple[int, list[str]]]:
+def _quoted(file, options: Options) -> Iterator[tuple[int, list[str]]]:
   """Yields (line a record starts at, fields); a quoted field may hold line breaks."""
   before = csv.field_size_limit(MAX_FIELD)
-  with _open(path, options) as file:
-    reader = csv.reader(file, delimiter=_delimiter(options), strict=True)
-    start = 1
-    try:
-      for fields in reader:
-        if fields:
-          yield start, fields
-        start = reader.line_num + 1
-    except csv.Error as e:
-      raise errors.UserError(
-          f"{options.display}: line {start}: {e}. If quotes are plain characters in this file, set "
-          "data.quoting=none.") from e
-    finally:
-      csv.field_size_limit(before)
+  reader = csv.reader(file, delimiter=_delimiter(options), strict=True)
+  start = 1
+  try:
+    for fields in reader:
+      if fields:
+        yield start, fields
+      start = reader.line_num + 1
+  except csv.Error as e:
+    raise errors.UserError(
+        f"{options.display}: line {start}: {e}. If quotes are plain characters in this file, set "
+        "data.quoting=none.") from e
+  finally:
+    csv.field_size_limit(before)
 
 
 def _ragged(options, line: int, fields, columns, source: str) -> str:
@@ -102,29 +117,28 @@ def _ragged(options, line: int, fields, columns, source: str) -> str:
           f"({', '.join(columns)}).{hint}")
 
 
-def _json_rows(path: pathlib.Path, options: Options):
+def _json_rows(file, options: Options):
   columns, records, lines = {}, [], []
-  with _open(path, options) as file:
-    for line, text in enumerate(file, 1):
-      if not text.strip():
-        continue
-      try:
-        record = json.loads(text)
-      except (ValueError, RecursionError) as e:
-        raise errors.UserError(f"{options.display}: line {line} is not JSON: {e}") from e
-      if not isinstance(record, dict):
-        raise errors.UserError(f"{options.display}: line {line} is {type(record).__name__}, not an "
-                               'object such as {"text": …, "label": …}.')
-      columns |= dict.fromkeys(record)
-      records.append(record)
-      lines.append(line)
+  for line, text in enumerate(file, 1):
+    if not text.strip():
+      continue
+    try:
+      record = json.loads(text)
+    except (ValueError, RecursionError) as e:
+      raise errors.UserError(f"{options.display}: line {line} is not JSON: {e}") from e
+    if not isinstance(record, dict):
+      raise errors.UserError(f"{options.display}: line {line} is {type(record).__name__}, not an "
+                             'object such as {"text": …, "label": …}.')
+    columns |= dict.fromkeys(record)
+    records.append(record)
+    lines.append(line)
   return columns, records, lines
 
 
 def _not_text(path: pathlib.Path, options: Options) -> errors.UserError:
   """Returns the error that says where a file stops being text in its encoding."""
   offset = 0
-  with open(path, "rb") as file:
+  with _opener(path)(path, "rb") as file:
     for line, raw in enumerate(file, 1):
       try:
         raw.decode(options.encoding)

@@ -1,0 +1,150 @@
+"""What a run is made of before it trains: data, examples, loaders, the loaded model.
+
+The chapters of `ft/train.py` hand a `Run` on to each other.
+"""
+
+import dataclasses
+import functools
+import importlib
+import pathlib
+import time
+from collections.abc import Callable
+
+import jax
+from absl import logging
+
+from ft import errors, evaluate, mesh, models, state
+from ft.data import loader as loaders
+from ft.data import sources
+
+PROBE = 8  # batches of train whose gradient a tuning method may look at
+
+
+@dataclasses.dataclass
+class Run:
+  """What the chapters of one run hand on."""
+
+  config: object
+  folder: pathlib.Path
+  mesh: jax.sharding.Mesh
+  data: sources.Data
+  task: object
+  preprocess: object
+  pretrained: models.Pretrained
+  first_example: str
+  poll: Callable
+  started: float = dataclasses.field(default_factory=time.monotonic)
+  seconds: dict = dataclasses.field(default_factory=dict)  # phase -> wall seconds
+
+  def place(self, batch: dict) -> dict:
+    return mesh.place_batch(batch, mesh.batch_sharding(self.mesh))
+
+  def lap(self, phase: str) -> None:
+    """Books the time since the last lap to a phase."""
+    now = time.monotonic()
+    self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.started
+    self.started = now
+
+
+def prepare(config, folder, poll) -> tuple[Run, dict]:
+  """Reads the data, preprocesses it, and loads the model for the task."""
+  started = time.monotonic()
+  grid = mesh.make(config.mesh)
+  mesh.check_batch(grid, config.train.batch, config.train.accumulate)
+  data = sources.load(config.data)
+  for name in {"train", "validation", "test"} - data.splits.keys():
+    raise errors.UserError(
+      f"data: there is no {name} split; name its source in data.{name}, or leave "
+      f"data.{name}_fraction above 0 to carve it out of train"
+    )
+  info = models.inspect(config.model.source, config.model.family)
+  if info.modality != config.data.modality:
+    raise errors.UserError(
+      f"data.modality={config.data.modality}: {config.model.source} reads {info.modality}; "
+      f"set data.modality={info.modality}"
+    )
+  modality = importlib.import_module(f"ft.data.{config.data.modality}")
+  preprocess = modality.Preprocess(config.data, info)
+  task = importlib.import_module(f"ft.tasks.{config.task.name}").Task(config.task, data, preprocess)
+  examples = {}
+  for name, rows in data.splits.items():
+    poll()
+    examples[name] = loaders.prepare(
+      rows, task.example, preprocess=preprocess,
+      drop_policy=config.data.drop, cache_bytes=config.data.cache_bytes,
+    )
+  first = preprocess.show(examples["train"][0])
+  logging.info("first example: %s", first)
+  poll()
+  pretrained = models.load_config(
+    config.model, task.model_args, jax.random.PRNGKey(config.seed),
+    sharding=functools.partial(mesh.shard, grid),
+  )
+  run = Run(config, folder, grid, data, task, preprocess, pretrained, first, poll, started)
+  run.lap("data and model")
+  return run, examples
+
+
+def make_loaders(run: Run, examples: dict) -> dict:
+  """A shuffling loader for train, one in fixed order for every other split."""
+  c = run.config.train
+  if c.train_sample:
+    sample = loaders.take(examples["train"], c.train_sample, run.config.seed)
+    examples = {**examples, "train_sample": sample}
+  return {
+    name: loader(run, part, c.batch, training=True) if name == "train"
+    else loader(run, part, c.eval_batch or 2 * c.batch)
+    for name, part in examples.items()
+  }
+
+
+def loader(run: Run, examples, size: int, training: bool = False, buckets=None) -> loaders.Loader:
+  """A loader of this process's part of batches of `size` rows; in training shuffled and augmented.
+
+  Args:
+    buckets: lengths to pad to, in place of those of the run.
+  """
+  c = run.config
+  return loaders.Loader(
+    examples, size, seed=c.seed,
+    pad={} if examples.lengths is None else run.preprocess.pad,
+    buckets=getattr(run.preprocess, "buckets", ()) if buckets is None else buckets,
+    augment=run.preprocess.augment if training and run.preprocess.augments else None,
+    shuffle=training,
+    process_index=jax.process_index(), process_count=jax.process_count(),
+    workers=c.data.workers, prefetch=c.data.prefetch,
+  )
+
+
+def extract_features(run: Run, examples: dict, frozen, mutable, tuned) -> dict:
+  """What the task's baselines are made of, before training: split -> arrays (N, …).
+
+  Where that is what the label head reads, of train too: baselines and the head may learn from it.
+  """
+  untouched = state.State(None, None, tuned.trainable, mutable, None, None)
+  apply = state.make_apply(run.pretrained.module, tuned.interceptor, tuned.around)
+  step = state.make_predict_step(
+    run.task.features, apply, tuned.combine, mesh.replicated(run.mesh)
+  )
+  load = {name: part.in_order() for name, part in make_loaders(run, examples).items()}
+  for name in ("train_sample", *(() if run.task.head_features else ("train",))):
+    load.pop(name, None)
+  return evaluate.once(
+    run.folder / evaluate.FEATURES, step, untouched, frozen, load, run.place, run.poll
+  )
+
+
+def probe_gradient(run: Run, examples: dict):
+  """Mean gradient of the loss of the model as loaded, over up to PROBE batches of train: a tree."""
+  apply = state.make_apply(run.pretrained.module)
+  loader = make_loaders(run, {"train": examples["train"]})["train"]
+
+  def loss(params, variables, batch):
+    call = lambda variables, inputs, rng=None: apply(variables, inputs)[0]  # noqa: E731
+    total, weight, _ = run.task.loss(call, {**variables, "params": params}, batch, None)
+    return total / weight
+
+  gradient, variables = jax.jit(jax.grad(loss)), run.pretrained.variables
+  batches = [run.place(loader.batch(i)) for i in range(min(PROBE, loader.steps_per_epoch))]
+  grads = [gradient(variables["params"], variables, batch) for batch in batches]
+  return {"params": jax.tree.map(lambda *g: sum(g) / len(g), *grads)}
