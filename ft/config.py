@@ -86,15 +86,28 @@ def _files(section: str, chosen: dict | None):
 
 def schema(chosen: dict | None = None) -> dict:
   """Dotted key -> (default, meaning, domain, selector), of the chosen components or of all."""
-  table = {key: (*entry, choices(key), "") for key, entry in SELECTORS.items()}
+  table = {}
+  for name, default, meaning, domain, selector in _entries(chosen):
+    if name in table:
+      selector = _joined(table[name][3], selector)
+    table[name] = (default, meaning, domain, selector)
+  return table
+
+
+def _entries(chosen: dict | None):
+  """Yields (dotted key, default, meaning, domain, selector) of every file that has the key."""
+  for key, entry in SELECTORS.items():
+    yield key, *entry, choices(key), ""
   for section in SECTIONS:
     for prefix, path, selector in _files(section, chosen):
       for key, (default, meaning, *domain) in _keys(path).items():
         name = f"{prefix}.{key}" if prefix else key
-        if name in table and chosen is None:
-          selector = f"{table[name][3]}, {selector.split('=')[1]}"
-        table[name] = (default, meaning, domain[0] if domain else None, selector)
-  return table
+        yield name, default, meaning, domain[0] if domain else None, selector
+
+
+def _joined(first: str, second: str) -> str:
+  """"tune.method=lora" and "tune.method=vera" -> "tune.method=lora, vera"."""
+  return f"{first}, {second.rpartition('=')[2]}"
 
 
 def choices(selector: str) -> list[str]:
@@ -116,12 +129,15 @@ def load(name: str, overrides: list[tuple[str, str]] = ()):
   """
   path, _, words = name.partition(":")
   given = _flatten(_call(pathlib.Path(path), words))
+  said = {**given, **dict(overrides)}
+  chosen = {key: said.get(key, default) for key, (default, _) in SELECTORS.items()}
+  table = {**schema(), **schema(chosen)}  # what the chosen components say of a key counts
   for key, text in overrides:
     parent, _, entry = key.rpartition(".")
     if _is_dict(parent) and key not in schema():
       given[parent] = {**(given.get(parent) or {}), entry: text}
     else:
-      given[key] = _parse(key, text)
+      given[key] = _parse(key, text, table)
   return complete(given)
 
 
@@ -212,12 +228,11 @@ def _is_dict(key: str) -> bool:
   return key in everything and _kind(everything[key][0], everything[key][2]) is dict
 
 
-def _parse(key: str, text: str):
-  """Text of the command line -> value of the key's type."""
-  everything = schema()
-  if key not in everything:
+def _parse(key: str, text: str, table: dict):
+  """Text of the command line -> value of the key's type in a schema."""
+  if key not in table:
     return text
-  default, _, domain, _ = everything[key]
+  default, _, domain, _ = table[key]
   kind = _kind(default, domain)
   if kind is str:
     return text
@@ -293,7 +308,13 @@ def difference(old: dict, new: dict) -> list[str]:
 def table(markdown: bool = False) -> str:
   """All keys with default, meaning and domain, as text for `--help` or as README's table."""
   lines = ["| key | default | meaning |", "|---|---|---|"] if markdown else []
-  for key, (default, meaning, domain, selector) in schema().items():
+  order = {key: i for i, key in enumerate(schema())}
+  rows = {}  # a key that means the same in several files is one row
+  for *entry, selector in _entries(None):
+    same = repr(entry)
+    rows[same] = (*entry, _joined(rows[same][-1], selector) if same in rows else selector)
+  ordered = sorted(rows.values(), key=lambda row: order[row[0]])
+  for key, default, meaning, domain, selector in ordered:
     where = f" [{selector}]" if selector else ""
     allowed = ""
     if isinstance(domain, list):

@@ -79,7 +79,8 @@ def divergence(head: Callable, base_head: Callable, hidden, base_hidden, weights
   """Kullback-Leibler divergence of a model from another, summed over each row's tokens.
 
   T² KL(softmax(base / T) || softmax(logits / T)), whose gradient does not shrink with the
-  temperature T (Hinton et al. 2015, arXiv:1503.02531). No gradient goes to the base.
+  temperature T (Hinton et al. 2015, arXiv:1503.02531). Both sides pass gradients on, which a base
+  that does not train ignores.
 
   Args:
     head: (hidden (B, t, D), number of the block) -> logits (B, t, V) of what trains.
@@ -95,13 +96,13 @@ def divergence(head: Callable, base_head: Callable, hidden, base_hidden, weights
   """
   def function(arrays, number):
     hidden, base_hidden, weights = arrays
-    base = jax.lax.stop_gradient(base_head(base_hidden, number).astype(jnp.float32))
+    base = base_head(base_hidden, number).astype(jnp.float32)
     logits = head(hidden, number).astype(jnp.float32)
     known = jax.nn.log_softmax(base / temperature)
     apart = known - jax.nn.log_softmax(logits / temperature)
     return jnp.sum(jnp.sum(jnp.exp(known) * apart, -1) * weights, -1) * temperature**2
 
-  arrays = hidden, jax.lax.stop_gradient(base_hidden), weights.astype(jnp.float32)
+  arrays = hidden, base_hidden, weights.astype(jnp.float32)
   return blocks(function, arrays, _size(head, hidden, block))
 
 

@@ -81,7 +81,7 @@ class Predictor:
 
 
 def exported(folder: pathlib.Path) -> pathlib.Path:
-  """Returns what a run left: its `model/`, else its `adapter/`; or the folder, if it is one of them.
+  """Returns what a run left, its `model/`, else its `adapter/`; or the folder, if it is such a one.
 
   Raises:
     UserError: there is neither.

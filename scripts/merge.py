@@ -5,13 +5,15 @@
 uniform: mean of the weights (--weights). greedy: from the best on --data on, each model is kept if
 the mean with it is not worse. arithmetic, ties, dare: what each learnt beyond --base, added up
 (--scale; --density of ties, --drop of dare). slerp: of two, on the circle between them (--t). The
-output is a Hugging Face folder with the first model's preprocessing, for scripts/predict.py.
+output is a Hugging Face folder with the first model's preprocessing and calibration, for
+scripts/predict.py; what was merged is printed as JSON.
 """
 
 import dataclasses
+import json
 import pathlib
 
-from absl import flags, logging
+from absl import flags
 
 from ft import cli
 
@@ -41,23 +43,27 @@ def main(_):
     raise errors.UserError(f"--output={f.output}: name a folder that is new or empty")
   if f.method == "slerp" and len(f.models) != 2:
     raise errors.UserError(f"--method=slerp merges two models, {len(f.models)} given")
-  loaded = [models.load(str(predict.exported(pathlib.Path(folder)))) for folder in f.models]
+  folders = [predict.exported(pathlib.Path(folder)) for folder in f.models]
+  loaded = [models.load(str(folder)) for folder in folders]
   leaves = [names.flatten(one.variables) for one in loaded]
   merging.check(leaves, f.models, least=2 if f.method in ("uniform", "greedy", "slerp") else 1)
   for one, folder in zip(loaded, f.models, strict=True):
     if one.config.labels != loaded[0].config.labels:
       raise errors.UserError(f"{folder} and {f.models[0]} have different labels; merge models of "
                              "one task")
+  found = {}
   if f.method in ("arithmetic", "ties", "dare"):
     merged = _on_base(leaves, loaded[0])
   elif f.method == "greedy":
-    merged = _greedy(leaves)
+    merged, found = _greedy(leaves)
   elif f.method == "slerp":
     merged = merging.slerp(*leaves, t=f.t)
   else:
     merged = merging.mean(leaves, _numbers(f.weights))
-  models.export(dataclasses.replace(loaded[0], variables=names.unflatten(merged)), output)
-  logging.info("%s: %s of %d models written and checked", output, f.method, len(loaded))
+  files = {**loaded[0].files, "ft.json": (folders[0] / "ft.json").read_bytes()}
+  models.export(dataclasses.replace(loaded[0], variables=names.unflatten(merged), files=files),
+                output)
+  print(json.dumps({"output": str(output), "method": f.method, "models": f.models, **found}))
 
 
 def _numbers(words):
@@ -90,7 +96,7 @@ def _on_base(leaves, like):
 
 
 def _greedy(leaves):
-  """The greedy soup on the rows of --data."""
+  """The greedy soup on the rows of --data, and what it was chosen by."""
   from ft import errors, evaluate, judge, merging, predict
   from ft.weights import names
 
@@ -100,17 +106,16 @@ def _greedy(leaves):
   run = cli.run_folder(f.models[0])
   predictor = predict.Predictor(run, f.batch)
   rows = judge.loader(run, f.data, predictor)
-  metric, direction = predictor.task.metric
+  (metric, direction), values = predictor.task.metric, []
 
   def value(weights):
     outputs = evaluate.run(predictor.step, predictor.state, names.unflatten(weights), rows, dict)
-    found = float(predictor.task.value(outputs))
-    logging.info("%s %.4f", metric, found)
-    return found if direction == "max" else -found
+    values.append(float(predictor.task.value(outputs)))
+    return values[-1] if direction == "max" else -values[-1]
 
   merged, chosen = merging.greedy(leaves, value)
-  logging.info("in the soup: %s", ", ".join(f.models[i] for i in chosen))
-  return merged
+  return merged, {"metric": metric, "values": dict(zip(f.models, values, strict=False)),
+                  "in_soup": [f.models[i] for i in chosen]}
 
 
 if __name__ == "__main__":

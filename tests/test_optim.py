@@ -153,6 +153,69 @@ def test_first_steps_by_hand():
   np.testing.assert_allclose(u[w], -0.5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_decay_to_the_start(name):
+  """p <- p - rate * factor * (update + decay * (p - start)); norms and biases have no decay."""
+  rng = np.random.default_rng(0)
+  start = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), BERT)
+  now = jax.tree.map(lambda x: x + jnp.asarray(rng.normal(size=x.shape), jnp.float32), start)
+  grads = jax.tree.map(jnp.ones_like, now)
+  values = {"name": name, "rate": 0.5, "warmup": 0, "schedule": "constant", "clip": 0.0,
+            "layer_decay": 0.5, "head_rate_factor": 3.0}
+
+  def updates(p, **more):
+    tx, _ = optim.make(config(**values, **more), p, 10, HEAD)
+    return tune.flatten(tx.update(grads, tx.init(p), p, start=start)[0])
+
+  pulled = updates(now, weight_decay=0.25, decay_to="start")
+  free, at_start = updates(now, weight_decay=0.0), updates(start, weight_decay=0.25,
+                                                           decay_to="start")
+  decays, factors = tune.flatten(optim.decay_mask(now)), tune.flatten(
+    optim.rate_factors(now, 0.5, 3.0, HEAD))
+  assert any(decays.values()) and not all(decays.values())
+  for path, moved in tune.flatten(now).items():
+    pull = 0.25 * (moved - tune.flatten(start)[path]) if decays[path] else 0.0
+    np.testing.assert_allclose(pulled[path], free[path] - 0.5 * factors[path] * pull, rtol=1e-5,
+                               atol=1e-6)
+    np.testing.assert_array_equal(at_start[path], free[path])  # nothing pulls at the start
+
+
+def test_decay_to_the_start_of_half_precision_and_of_nothing_else():
+  p = jax.tree.map(lambda x: x.astype(jnp.bfloat16), BERT)
+  tx, _ = optim.make(config(weight_decay=0.5, decay_to="start", name="sgd"), p, 10)
+  still, _ = tx.update(jax.tree.map(jnp.zeros_like, p), tx.init(p), p, start=p)
+  assert not any(np.any(np.asarray(u, np.float32)) for u in jax.tree.leaves(still))
+
+
+def test_rates_of_a_tuning_method():
+  """`Tuned.rates` multiplies a leaf's whole step, decay included, and the other factors."""
+  p = tree({"params/encoder/layer_0/query/kernel": 2, "params/encoder/layer_0/query/bias": 1,
+            "params/classifier/kernel": 2})
+  own = {"params/encoder/layer_0/query/kernel": 8.0, "params/classifier/kernel": 0.5}
+  tuned = tune.build(p, {}, HEAD, rates=own)
+  values = {"warmup": 0, "schedule": "constant", "clip": 0.0, "name": "sgd", "rate": 0.5,
+            "weight_decay": 0.1, "layer_decay": 0.5, "head_rate_factor": 4.0}
+  tx, _ = optim.make(config(**values), p, 10, HEAD, tuned)
+  mine, _ = tx.update(p, tx.init(p), p)
+  plain = one_step(p, p, **values)
+  for path, update in tune.flatten(mine).items():
+    np.testing.assert_allclose(update, plain[path] * own.get(path, 1.0), rtol=1e-6)
+
+
+def test_layers_of_speech_and_other_names():
+  """Feature extractors and positions stand at the bottom, whatever a family calls its layers."""
+  factors = tune.flatten(optim.rate_factors(tree({
+    "params/feature_extractor/conv_0/kernel": 3, "params/feature_projection/projection/kernel": 2,
+    "params/encoder/position/direction": 3, "params/encoder/conv1/kernel": 3,
+    "params/h_0/attention/kernel": 2, "params/h_1/attention/kernel": 2,
+    "params/encoder/layer_norm/scale": 1}), 0.5))
+  assert factors == {
+    "params/encoder/conv1/kernel": 0.125, "params/encoder/layer_norm/scale": 1.0,
+    "params/encoder/position/direction": 0.125, "params/feature_extractor/conv_0/kernel": 0.125,
+    "params/feature_projection/projection/kernel": 0.125, "params/h_0/attention/kernel": 0.25,
+    "params/h_1/attention/kernel": 0.5}
+
+
 def test_adamw_equals_optax():
   p = jax.tree.map(lambda x: x * 0.3, BERT)
   values = {"weight_decay": 0.2, "clip": 0.5, "eps": 1e-6, "betas": (0.8, 0.95)}

@@ -57,8 +57,8 @@ _OWN = ("format", "columns", "header", "names", "encoding", "quoting")
 class Rows:
   """Some rows of one source: `rows[i]` is a dict role -> value, `rows.where(i)` where it stands.
 
-  Values: text and text_b str; turns a list, see ft.data.turns; label str, int or a list of them (None: there is none); image a Path,
-  encoded bytes or an array; group and id as in the source.
+  Values: text and text_b str; turns a list, see ft.data.turns; label str, int or a list of them
+  (None: there is none); image a Path, encoded bytes or an array; group and id as in the source.
   """
 
   name: str

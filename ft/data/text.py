@@ -62,7 +62,8 @@ class Preprocess:
     self.counts = {"truncated": 0, "too_long": 0}
     self._stops = config.truncation == "error"
     self._tokenizer, settings = _load_tokenizer(info.folder)
-    self._special = {i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
+    self._special = {i: token.content for i, token in
+                     self._tokenizer.get_added_tokens_decoder().items() if token.special}
     self._speakers = dict((getattr(config, "speakers", None) or {}).items())
     self._render = turns.renderer(info.folder or ".", settings)
     self._check(info.hf_config or {}, settings, info.folder)
@@ -100,20 +101,22 @@ class Preprocess:
   def text_bytes(self, text: str, encoding, first: int = 0) -> int:
     """Returns how many UTF-8 bytes of a row's text its tokens from `first` on stand for.
 
-    Special tokens stand for none. Spaces between tokens count with the token after them, whether or
-    not the tokenizer says so.
+    Special tokens stand for none, be they added or written in the text; the unknown token stands
+    for what it replaces. Spaces between tokens count with the token after them, whether or not the
+    tokenizer says so.
     """
-    real = [span if i not in self._special and span[1] > span[0] else None
-            for i, span in zip(encoding.ids, encoding.offsets, strict=True)]
-    before, own = [s for s in real[:first] if s], [s for s in real[first:] if s]
+    marks = [self._special.get(i) for i in encoding.ids]
+    marks = [mark is not None and (start == end or mark in text[start:end])
+             for mark, (start, end) in zip(marks, encoding.offsets, strict=True)]
+    places = list(zip(marks, encoding.offsets, strict=True))
+    own = [span for mark, span in places[first:] if not mark]
     if not own:
       return 0
-    start = max(end for _, end in before) if before else own[0][0]
-    marks = [span for i, span in zip(encoding.ids, encoding.offsets, strict=True)
-             if i in self._special and span[0] >= start]
-    size = lambda span: len(text[span[0]:span[1]].encode("utf-8", "surrogatepass"))  # noqa: E731
-    return size((start, max(end for _, end in own))) - sum(
-        size(span) for span in marks if span[1] <= own[-1][1])
+    start = max((span[1] for mark, span in places[:first] if not mark), default=own[0][0])
+    end = max(span[1] for span in own)
+    cut = [span for mark, span in places if mark and start <= span[0] and span[1] <= end]
+    return sum(sign * len(text[left:right].encode("utf-8", "surrogatepass"))
+               for sign, spans in ((1, [(start, end)]), (-1, cut)) for left, right in spans)
 
   def augment(self, example: dict, rng: np.random.Generator) -> dict:
     """Returns the example as it is."""

@@ -33,7 +33,7 @@ class Evidence:
     mode: "max" or "min", what is better.
     history: one dict a log point: "step", "train/loss" (training mode), "train/<metric>"
       (evaluation mode, on a sample), "validation/<metric>", "validation/loss" or "…/log_loss".
-    outputs: split -> row name ("majority", "probe", "zero-shot", "fine-tuned") -> arrays (N, …) over
+    outputs: split -> row name ("majority", "probe", "zero-shot", "fine-tuned") -> arrays (N, …) of
       the whole split in row order; of classifiers "label" (N,) or (N, C) and "logits" (N, C).
     score: outputs -> (N,) contribution of each example to the metric; None: it is no mean of them.
     metrics: outputs -> dict of metrics.

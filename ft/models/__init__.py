@@ -53,6 +53,7 @@ KEYS = {
   "pooling": ("auto", "what the label head reads; auto: as the checkpoint says",
               ["auto", "cls", "mean", "first"]),
   "dropout": (None, "sets all dropout rates of the model; empty: as the checkpoint says", "float"),
+  "drop_path": (None, "sets the rate of stochastic depth; empty: as the checkpoint says", "float"),
   "batch_stats": ("frozen", "batch statistics while training: as pretrained, or updated",
                   ["frozen", "train"]),
   "dtype": ("float32", "dtype of the parameters", ["float32", "bfloat16"]),
@@ -164,8 +165,9 @@ def inspect(source: str, family: str = "") -> Info:
 
 
 def load(source: str, *, dtype=None, family: str = "", head: str = "", num_labels=None, labels=None,
-         pooling: str = "auto", dropout: float | None = None, changes: dict | None = None, rng=None,
-         compute: layers.Compute | None = None, sharding=None) -> Pretrained:
+         pooling: str = "auto", dropout: float | None = None, drop_path: float | None = None,
+         changes: dict | None = None, rng=None, compute: layers.Compute | None = None,
+         sharding=None) -> Pretrained:
   """Loads a pretrained model, one tensor at a time.
 
   Args:
@@ -179,6 +181,8 @@ def load(source: str, *, dtype=None, family: str = "", head: str = "", num_label
       file states, is made anew and reported as initialised.
     pooling: what the head of a text encoder reads, "auto" | "cls" | "mean" | "first".
     dropout: sets all dropout rates; None: as the checkpoint says.
+    drop_path: sets the rate of stochastic depth, of the last layer where it grows with depth; None:
+      as the checkpoint says.
     changes: "vocab_size" | "image_size" | "channels" | "depth" -> new value; ft.models.surgery.
     rng: key of what is initialised.
     compute: how the module computes; float32, unrolled if None.
@@ -189,7 +193,8 @@ def load(source: str, *, dtype=None, family: str = "", head: str = "", num_label
   """
   info, opened, files = _open(source, family)
   module, compute = family_module(info.family), compute or layers.Compute()
-  config, fresh = _configure(module, info, opened, head, num_labels, labels, pooling, dropout)
+  config, fresh = _configure(module, info, opened, head, num_labels, labels, pooling, dropout,
+                             drop_path)
   rng = jax.random.key(0) if rng is None else rng
   changes = {name: value for name, value in (changes or {}).items() if value}
   model, init, expected = _build(module, config, compute)
@@ -231,7 +236,8 @@ def load_config(config, model_args: dict, rng, sharding=None) -> Pretrained:
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   compute = layers.Compute(jnp.dtype(dtype), config.attention, config.scan, config.remat)
   loaded = load(config.source, family=config.family, pooling=config.pooling,
-                dropout=config.dropout, dtype=jnp.dtype(config.dtype), compute=compute, rng=rng,
+                dropout=config.dropout, drop_path=config.drop_path,
+                dtype=jnp.dtype(config.dtype), compute=compute, rng=rng,
                 changes={name: config[name] for name in CHANGES}, sharding=sharding, **model_args)
   logging.info("%s: %s", config.source, loaded.report)
   return loaded
@@ -303,7 +309,8 @@ def _build(module, config, compute) -> tuple:
   return model, init, names.flatten(jax.eval_shape(init, jax.random.key(0)))
 
 
-def _configure(module, info, opened, head, num_labels, labels, pooling, dropout) -> tuple:
+def _configure(module, info, opened, head, num_labels, labels, pooling, dropout,
+               drop_path) -> tuple:
   """Returns (config, path prefixes of heads that are to be made anew)."""
   fields = {field.name for field in dataclasses.fields(module.Config)}
   hf = info.hf_config
@@ -315,6 +322,8 @@ def _configure(module, info, opened, head, num_labels, labels, pooling, dropout)
   config = module.Config.from_hf(hf)
   if dropout is not None:
     config = _with_dropout(config, float(dropout), fields, info.family)
+  if drop_path is not None:
+    config = _with_drop_path(config, float(drop_path), fields, info.family)
   stated = config.labels
   heads = tuple(module.Config.HEADS)
   chosen = _choose_head(module.Config, config.head, head, num_labels, labels, info.family)
@@ -368,6 +377,14 @@ def _with_dropout(config, rate, fields, family):
   if "dropout" not in fields:
     raise errors.UserError(f"model.dropout: {family} has no dropout")
   return dataclasses.replace(config, dropout=rate)
+
+
+def _with_drop_path(config, rate, fields, family):
+  if not 0 <= rate < 1:
+    raise errors.UserError(f"model.drop_path={rate} should be at least 0 and below 1")
+  if "drop_path_rate" not in fields or not getattr(config, "has_drop_path", True):
+    raise errors.UserError(f"model.drop_path: {family} has no stochastic depth; leave it empty")
+  return dataclasses.replace(config, drop_path_rate=rate)
 
 
 def _initialise(init, rng, paths, dtype, sharding) -> dict:

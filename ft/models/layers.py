@@ -79,13 +79,41 @@ def product(x, kernel, bias=None, dtype=jnp.float32):
   """
   rows = x.astype(dtype).reshape(-1, x.shape[-1])
   if isinstance(kernel, Stored):
-    y = jax.checkpoint(lambda rows, arrays: rows @ kernel.read(arrays).astype(dtype))(
-      rows, kernel.arrays)
+    y = _read_and_multiply(kernel.read, rows, kernel.arrays)
   else:
     y = rows @ kernel.astype(dtype)
   if bias is not None:
     y = y + bias.astype(dtype)
   return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _read_and_multiply(read, rows, arrays):
+  """Returns rows (N, in) times what `read` makes of arrays, read when the rows are known."""
+  return rows @ read(_after(rows, arrays)).astype(rows.dtype)
+
+
+def _read_again(read, kept, gradient):
+  rows, arrays = kept
+  # What the caller does not differentiate, the codes above all, the compiler drops.
+  return jax.vjp(lambda rows, arrays: rows @ read(arrays).astype(rows.dtype),
+                 rows, _after(gradient, arrays))[1](gradient)
+
+
+_read_and_multiply.defvjp(
+  lambda read, rows, arrays: (_read_and_multiply(read, rows, arrays), (rows, arrays)), _read_again)
+
+
+def _after(x, arrays):
+  """Returns arrays as they are, but to the compiler they come after x.
+
+  It would read the kernels of all layers first, and those of the backward pass only once.
+  """
+  if jax.default_backend() != "cpu":
+    return jax.lax.optimization_barrier((x, arrays))[1]
+  # The CPU's compiler removes barriers; it cannot know that this, of a float, always holds.
+  known = x.reshape(-1)[0] * 0 != 1
+  return jax.tree.map(lambda a: jnp.where(known, a, jnp.zeros_like(a)), arrays)
 
 
 def _joined(kernels):

@@ -136,9 +136,14 @@ class Config(base.HFConfig):
       raise errors.UserError(f"config.json: hidden_sizes {list(self.hidden_sizes)} should be "
                              "multiples of 8")
 
+  @property
+  def has_drop_path(self) -> bool:
+    """Whether the model has stochastic depth: BiT does."""
+    return self.model_type == "bit"
+
   def with_dropout(self, rate: float) -> "Config":
     """Returns the Config with the last block's rate of stochastic depth set; BiT only."""
-    if self.model_type != "bit":
+    if not self.has_drop_path:
       raise errors.UserError("model.dropout: resnet has no dropout")
     return dataclasses.replace(self, drop_path_rate=rate)
 

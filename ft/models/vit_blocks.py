@@ -150,10 +150,10 @@ class Layer(nn.Module):
     return x
 
   def _leave_out(self, y, place):
-    """Returns a branch's output, scaled in DINOv2, after dropout."""
+    """Returns a branch's output, scaled in DINOv2, after dropout and stochastic depth."""
     c = self.config
     if not c.dino:
-      return layers.Dropout(c.hidden_dropout_prob)(y)
+      return layers.DropPath(c.drop_path_rate)(layers.Dropout(c.hidden_dropout_prob)(y))
     start = nn.initializers.constant(c.layerscale_value)
     y = y * self.param(f"scale_{place}", start, (c.hidden_size,)).astype(y.dtype)
     return layers.DropPath(c.drop_path_rate)(y)

@@ -104,8 +104,7 @@ class Task:
                  temperature: float = 1.0) -> tuple:
     """Returns sums over the batch's tokens: (Σ T² KL(base || model), tokens).
 
-    Both are evaluated without dropout; no gradient goes to `base_variables`. See
-    `losses.divergence`.
+    Both are evaluated without dropout and pass gradients on. See `losses.divergence`.
     """
     hidden, _, weights = self._states(apply, variables, batch, None)
     base_hidden, _, _ = self._states(apply, base_variables, batch, None)
@@ -186,7 +185,7 @@ class Task:
 
 
 def _head(apply: Callable, variables, rng) -> Callable:
-  """Returns (hidden (B, t, D), number of the block) -> logits (B, t, V), by the model's own head."""
+  """Returns (hidden (B, t, D), number of the block) -> logits (B, t, V), the model's own head."""
   def head(hidden, number):
     key = None if rng is None else jax.random.fold_in(rng, number + 1)
     return apply(variables, {"hidden": hidden}, key)["logits"]

@@ -21,7 +21,7 @@ KEYS = {
   "layers": (1, "last, surgical: how many layers train", (1, None)),
   "train_head": (True, "train the head too, whether or not it is selected"),
 }
-BOTTOM = "embeddings"
+BOTTOM = ("", 0)  # stands for embeddings, stem and the like; sorts before every layer
 
 
 def init(config, variables, rng, head=(), context=None) -> tune.Tuned:
@@ -95,12 +95,11 @@ def _surgical(count: int, body: dict, context) -> set[str]:
   _check_unrolled(body, "surgical")
   if not (context and context.gradient):
     raise errors.UserError("tune.select='surgical' needs a probe batch, but no data is given")
-  groups: dict[str, list[str]] = {}
+  groups: dict[tuple[str, int], list[str]] = {}
   for path in body:
-    place = parts.layer(path)
-    name = f"{place[0]}{place[1]:04d}" if place else BOTTOM if parts.is_bottom(path) else None
-    if name:
-      groups.setdefault(name, []).append(path)
+    place = parts.layer(path) or (BOTTOM if parts.is_bottom(path) else None)
+    if place:
+      groups.setdefault(place, []).append(path)
   if count > len(groups):
     raise errors.UserError(
       f"tune.layers={count}: this model has {len(groups)} layers, its embeddings counted as one")
@@ -109,15 +108,16 @@ def _surgical(count: int, body: dict, context) -> set[str]:
     lambda x: jnp.sum(jnp.square(x.astype(jnp.float32))), tree))
   steep = jax.device_get(squares({path: gradient[path] for path in body}))
   large = jax.device_get(squares(body))
-  share = {name: float(np.sqrt(sum(steep[path] for path in paths)
-                               / max(sum(large[path] for path in paths), 1e-24)))
-           for name, paths in groups.items()}
+  share = {place: float(np.sqrt(sum(steep[path] for path in paths)
+                                / max(sum(large[path] for path in paths), 1e-24)))
+           for place, paths in groups.items()}
   if not all(map(np.isfinite, share.values())):
     raise errors.UserError("tune.select='surgical': the gradient of the probe batch is not finite")
-  ranked = sorted(share, key=lambda name: (-share[name], name != BOTTOM, name))
-  logging.info("relative gradients, largest first: %s",
-               ", ".join(f"{name.removeprefix('params/')} {share[name]:.3g}" for name in ranked))
-  return {path for name in ranked[:count] for path in groups[name]}
+  ranked = sorted(share, key=lambda place: (-share[place], place))
+  logging.info("relative gradients, largest first: %s", ", ".join(
+    f"{'embeddings' if place == BOTTOM else f'{place[0]}{place[1]}'} {share[place]:.3g}"
+    for place in ranked))
+  return {path for place in ranked[:count] for path in groups[place]}
 
 
 def _check_unrolled(body: dict, select: str) -> None:

@@ -112,8 +112,8 @@ def export(run, folder) -> None:
   base = saving.describe(adapter)["base"]
   for change in models.CHANGES:
     if base.model.get(change):
-      raise errors.UserError(f"--format=peft: model.{change} changed the base model, and peft would "
-                             "look for the unchanged one; use --format=merged")
+      raise errors.UserError(f"--format=peft: model.{change} changed the base model, and peft "
+                             "would look for the unchanged one; use --format=merged")
   pretrained, tuned, trainable = saving.load(adapter)
   write(folder, pretrained, tuned, trainable, base.model["source"])
 
@@ -267,7 +267,7 @@ class _Writer:
     prefix = adapters.COLLECTION + "/"
     adapted = {path.removeprefix(prefix).rpartition("/")[0] for path in self.tree
                if path.startswith(prefix)} - {""}
-    known = adapters.layers_of(tune.unflatten(self.tree))
+    known = adapters.layers_of(self.pretrained.variables)  # a quantised base has no kernels
     layers = {}
     for path in sorted(adapted):
       bias = self.tree.get(f"params/{path}/bias")

@@ -148,8 +148,10 @@ def _split(settings, pretrained, leaves: Mapping, rng, context=None) -> tune.Tun
   Where no module has adapters, the paths say what trained, and the method need not choose again.
   """
   if any(path.startswith(adapters.COLLECTION + "/") for path in leaves):
+    # Choices that a gradient made stand in the file; what stands in for it here decides nothing.
+    some = lambda: {"params": pretrained.variables["params"]}  # noqa: E731
     return tune.init(settings, pretrained.variables, rng, pretrained.head,
-                     context or tune.Context(pretrained))
+                     context or tune.Context(pretrained, some))
   places = {place for path in leaves for place in (path, stacking.split(path)[0])}
   tuned = tune.build(*tune.split(pretrained.variables, lambda path: path in places),
                      pretrained.head)

@@ -1,5 +1,6 @@
 """Every kind of source, its splits, its counts, and one clear message for each bad input."""
 
+import gzip
 import json
 
 import ml_collections
@@ -220,6 +221,43 @@ def test_binarize(tmp_path):
   assert "did you mean 'margin'" in error(train=path, binarize={"column": "score", "marging": 1})
   assert "no column 'stars'" in error(train=path, binarize={"column": "stars"})
   assert "line 2: text is 'text 0'" in error(train=path, binarize={"column": "text"})
+
+
+# Plain text, conversations
+
+
+def test_plain_text_has_a_row_a_line(tmp_path):
+  for name, content in (("a.txt", b"one\r\n\ntwo\n"), ("a.en", b"one\n \ntwo"),
+                        ("a.de.gz", gzip.compress(b"one\n\ntwo\n"))):
+    rows = sources.read(config(), write(tmp_path / name, content))
+    assert list(rows) == [{"text": "one"}, {"text": "two"}]
+    assert rows.where(1).endswith(f"{name}: line 3")
+  packed = write(tmp_path / "b.jsonl.gz", gzip.compress(b'{"text": "three"}\n'))
+  assert sources.read(config(), packed)[0] == {"text": "three"}
+  assert "no whole gzip" in error(train=write(tmp_path / "c.txt.gz", gzip.compress(b"x" * 99)[:-9]))
+  bad = write(tmp_path / "d.txt.gz", gzip.compress(b"ok\nna\xefve\n"))
+  assert "line 2, byte 5 (0xef)" in error(train=bad)
+
+
+def test_turns_stand_for_text(tmp_path):
+  lines = [{"id": i, "turns": [["USER", f"hi {i % 5}"]] if i else []} for i in range(21)]
+  path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, lines)))
+  data = sources.load(config(train=path))
+  assert data.report["dropped"]["train"] == {"no turns": 1}
+  assert data.splits["train"][0]["turns"][0][0] == "USER"
+  parts = [{str(row["turns"]) for row in rows} for rows in data.splits.values()]
+  assert not parts[0] & parts[1] and not parts[0] & parts[2]  # duplicates stay together
+
+
+def test_a_source_may_say_itself_how_it_is_written(tmp_path):
+  train = write(tmp_path / "a.csv", CSV)
+  other = write(tmp_path / "b.txt", "1\tgood\tpos\n2\tbad\tneg\n")
+  own = {"source": f"{other}[:1]", "format": "tsv", "header": False,
+         "names": ("n", "words", "label"), "columns": {"text": "words"}}
+  data = sources.load(config(train=train, extra={"b": own}))
+  assert list(data.splits["b"]) == [{"text": "good", "label": "pos"}]
+  assert "did you mean 'format'" in error(train=train, extra={"b": own | {"fromat": "tsv"}})
+  assert "needs its source" in error(train=train, extra={"b": {"format": "tsv"}})
 
 
 # Bad input

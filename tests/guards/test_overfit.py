@@ -97,6 +97,25 @@ def test_a_metric_that_is_better_when_smaller():
   assert numbers["best_step"] == 5 and numbers["gap"] == pytest.approx(0.5)
 
 
+def test_nats_per_token_are_a_ratio_of_sums_with_a_unit():
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(2, 200, 80).astype(float)
+  noise = rng.normal(0, 0.05, 80)
+  rows = lambda rate: {"nll": (rate + noise) * tokens, "tokens": tokens}  # noqa: E731
+  value = lambda out: out["nll"].sum() / out["tokens"].sum()  # noqa: E731
+  found = evidence(
+    metric="nats_per_token", mode="min", score=None, value=value,
+    metrics=lambda out: {"nats_per_token": value(out)}, extra=("general",), history=[],
+    outputs={"test": {"zero-shot": rows(3.0), guards.TUNED: rows(2.0)},
+             "general": {"zero-shot": rows(4.0), guards.TUNED: rows(4.4)}})
+  table = overfit.results(found, resamples=200)["test"]["zero-shot"]
+  low, high = table["interval"]["nats_per_token"]
+  assert table["n"] == 80 and low < value(rows(3.0)) < high and "scores" not in table
+  said = overfit.measure(config(resamples=200), found)["words"]
+  assert said == ("Test gained over the pretrained model (−1.000 nats/token [−1.000, −1.000]); "
+                  "general lost over the pretrained model (+0.400 nats/token [0.400, 0.400]).")
+
+
 @pytest.mark.parametrize("metric", ["macro_f1", "auroc"])
 def test_metrics_that_are_no_mean_are_resampled_whole(metric):
   calls = []

@@ -404,3 +404,66 @@ def test_probe_is_quick():
     start = time.monotonic()
     assert len(list(classify.probes(x, label, classes))) == len(classify.STRENGTHS)
     assert time.monotonic() - start < limit
+
+
+# ---- CutMix ----
+
+
+def test_cutmix_pastes_a_box_and_counts_its_pixels():
+  side, rows = 16, 6
+  pixels = jnp.arange(1.0, rows + 1)[:, None, None, None] * jnp.ones((rows, side, side, 3))
+  hot, weight = jnp.eye(rows), jnp.array([1.0] * (rows - 1) + [0.0])
+  cut = jax.jit(lambda key: mixing.mix({"pixel_values": pixels}, hot, weight, key, cut=1.0))
+  shares = []
+  for seed in range(20):
+    inputs, mixed = cut(jax.random.key(seed))
+    images = np.array(inputs["pixel_values"])
+    np.testing.assert_array_equal(images[0], pixels[0])  # its partner is padding
+    for i in range(1, rows - 1):
+      own, other = images[i, :, :, 0] == i + 1, images[i, :, :, 0] == rows - i
+      assert np.all(own | other)
+      ys, xs = np.nonzero(other)
+      if len(ys):  # what is pasted is one box
+        assert other[ys.min():ys.max() + 1, xs.min():xs.max() + 1].all()
+      assert mixed[i, i] == pytest.approx(own.mean(), abs=1e-6)
+      assert mixed[i, rows - 1 - i] == pytest.approx(other.mean(), abs=1e-6)
+      shares.append(own.mean())
+  assert np.min(shares) < 0.3 and np.max(shares) > 0.9
+  both = jax.jit(lambda key: mixing.mix(
+    {"pixel_values": pixels}, hot, weight, key, alpha=1.0, cut=1.0)[0]["pixel_values"])
+  whole = [len(np.unique(np.array(both(jax.random.key(seed)))[2])) == 1 for seed in range(20)]
+  assert 3 <= sum(whole) <= 17  # mixup leaves an image of one colour so, CutMix as a rule does not
+
+
+# ---- Against the base ----
+
+
+def test_divergence_and_drift_equal_their_formulas():
+  task = make([0, 1, 2, 2], class_weights="balanced")
+  other = np.float32([[0.3, 0.1, 0.0], [2.0, 0.2, -1.0], [0.0, 0.5, 0.0], [1.0, 0.0, 1.0]])
+  outputs = {"ours": {"logits": LOGITS, "features": LOGITS[:, :2]},
+             "base": {"logits": other, "features": other[:, :2] + 1}}
+  apply = lambda variables, inputs, rng: jax.tree.map(jnp.asarray, outputs[variables])  # noqa: E731
+  rows = {**batch([0, 1, 2, 2]), "weight": np.float32([1, 1, 1, 0])}
+  total, weight = task.divergence(apply, "ours", "base", rows, 2.0)
+  p, q = stats.softmax(other / 2), stats.softmax(LOGITS / 2)
+  each = 4 * (p * np.log(p / q)).sum(1)
+  counts = np.array([4 / 3, 4 / 3, 2 / 3, 0])  # balanced classes, as in the loss
+  np.testing.assert_allclose([total, weight], [(each * counts).sum(), counts.sum()], rtol=1e-5)
+  np.testing.assert_allclose(task.loss(constant(LOGITS), {}, rows, None)[1], weight, rtol=1e-6)
+  total, weight = task.drift(apply, "ours", "base", rows)
+  far = ((LOGITS[:, :2] - other[:, :2] - 1)**2).sum(1) / ((other[:, :2] + 1)**2).sum(1)
+  np.testing.assert_allclose([total, weight], [(far * counts).sum(), counts.sum()], rtol=1e-5)
+  unlabelled = {key: value for key, value in rows.items() if key != "label"}
+  assert task.divergence(apply, "ours", "base", unlabelled)[1] == 3
+
+
+def test_divergence_of_several_labels_is_that_of_each():
+  task = make(["a", "b", "a|b", "c"], labels_kind="multi")
+  other = -LOGITS
+  apply = lambda variables, inputs, rng: {"logits": jnp.asarray(variables)}  # noqa: E731
+  total, _ = task.divergence(apply, LOGITS, other, {
+    "input_ids": np.ones((4, 3)), "weight": np.ones(4, np.float32)})
+  p, q = stats.sigmoid(np.float64(other)), stats.sigmoid(np.float64(LOGITS))
+  each = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+  assert float(total) == pytest.approx(each.mean(1).sum(), rel=1e-4)

@@ -1,4 +1,4 @@
-"""Causal language modelling: against transformers, exact sums, honest bytes, and a run to its end."""
+"""Causal language modelling: against transformers, exact sums, honest bytes, a run to its end."""
 
 import json
 import os
@@ -11,16 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tokenizers
 from ml_collections import config_dict
 
 from ft import errors, losses, models, state, tune
 from ft.data import text, turns
 from ft.models import layers, llama
 from ft.tasks import lm
+from ft.tune import lora
 from ft.weights import names
 
 ROOT = __file__.rpartition("/tests/")[0]
-WORDS = "<pad> <unk> <s> </s> a bad bright dull film good great grim is it plot slow the was".split()
+WORDS = ("<pad> <unk> <s> </s> a bad bright dull film good great grim is it plot slow the "
+         "was").split()
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}"
             "{{ raise_exception('no tools here') }}{% endif %}"
             "<s> {{ m.role }} : {{ m.content }} </s>\n{% endfor %}")
@@ -28,12 +31,11 @@ TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}"
 
 def tokenizer(template: bool):
   """A tokenizer of words, which sets <s> before a text, as Llama's does."""
-  from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-  made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
-  made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+  made = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+    {w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+  made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
   made.add_special_tokens(["<pad>", "<unk>", "<s>", "</s>"])
-  made.post_processor = processors.TemplateProcessing(
+  made.post_processor = tokenizers.processors.TemplateProcessing(
     single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 2)])
   settings = {"bos_token": "<s>", "pad_token": "<pad>"}
   if template:
@@ -116,7 +118,7 @@ def test_loss_and_predictions_equal_transformers(tiny):
   assert found["nats_per_token"] == pytest.approx(want, abs=1e-5)
   assert found["perplexity"] == pytest.approx(np.exp(want), rel=1e-4)
   assert found["bits_per_byte"] == pytest.approx(
-    want * weight / np.log(2) / rows["bytes"].sum(), rel=1e-4)
+    want * float(weight) / np.log(2) / rows["bytes"].sum(), rel=1e-4)
 
 
 def test_padding_and_masked_rows_change_nothing(tiny):
@@ -125,8 +127,8 @@ def test_padding_and_masked_rows_change_nothing(tiny):
   wide = {k: np.pad(v, ((0, 0), (0, 4))) if v.ndim == 2 else v for k, v in rows.items()}
   more = {k: np.concatenate([v, v[:2]]) for k, v in rows.items()}
   more["weight"][4:] = 0
-  sums = [np.asarray(made.loss(apply, pretrained.variables, b, None)[:2])
-          for b in (rows, wide, more)]
+  loss = jax.jit(lambda v, b: made.loss(apply, v, b, None)[:2])
+  sums = [np.asarray(loss(pretrained.variables, b)) for b in (rows, wide, more)]
   np.testing.assert_allclose(sums[1], sums[0], rtol=1e-5)
   np.testing.assert_allclose(sums[2], sums[0], rtol=1e-5)
 
@@ -135,18 +137,18 @@ def test_accumulation_is_exact_and_the_head_trains(tiny):
   _, pretrained, made = tiny
   apply, rows = state.make_apply(pretrained.module), batch(rows=8)
   moved = []
-  for parts in (1, 2, 4):
+  for parts in (1, 4):
     tx = optax.sgd(0.1)
     step = state.make_train_step(made.loss, apply, tune.combine, tx, parts)
     fresh = state.create(jax.tree.map(jnp.copy, pretrained.variables), {}, tx, 0)
     now, metrics = step(fresh, {}, rows)
     moved.append((tune.flatten(now.trainable), float(metrics["loss"])))
-  for values, loss in moved[1:]:
-    assert loss == pytest.approx(moved[0][1], rel=1e-5)
-    for path, leaf in moved[0][0].items():
-      np.testing.assert_allclose(values[path], leaf, rtol=1e-4, atol=1e-6, err_msg=path)
+  (whole, loss), (cut, same) = moved
+  assert same == pytest.approx(loss, rel=1e-5)
   before = tune.flatten(pretrained.variables)
-  assert all(np.any(np.asarray(leaf) != np.asarray(before[path])) for path, leaf in moved[0][0].items())
+  for path, leaf in whole.items():
+    np.testing.assert_allclose(cut[path], leaf, rtol=1e-4, atol=1e-6, err_msg=path)
+    assert np.any(np.asarray(leaf) != np.asarray(before[path])), path
 
 
 def test_blocks_give_the_same_as_one_piece(tiny, monkeypatch):
@@ -169,7 +171,7 @@ def test_adapters_act_on_the_head(tiny):
   """A LoRA on the output layer changes the loss by what it changes the logits, and is trained."""
   _, pretrained, made = tiny
   config = {**{k: v[0] for k, v in tune.KEYS.items()},
-            **{k: v[0] for k, v in __import__("ft.tune.lora", fromlist=["KEYS"]).KEYS.items()}}
+            **{k: v[0] for k, v in lora.KEYS.items()}}
   layer = "embed_tokens" if pretrained.config.tie_word_embeddings else "lm_head"
   config |= {"method": "lora", "rank": 2, "targets": (layer,)}
   tuned = tune.init(config_dict.ConfigDict(config), pretrained.variables, jax.random.PRNGKey(1))
@@ -180,9 +182,9 @@ def test_adapters_act_on_the_head(tiny):
   def loss(trainable):
     return made.loss(apply, tuned.combine(tuned.frozen, trainable), rows, None)[0]
 
-  got, grads = jax.value_and_grad(loss)(trainable)
-  merged = tuned.merge(tuned.frozen, trainable)
-  want = made.loss(call(pretrained.module), merged, rows, None)[0]
+  got, grads = jax.jit(jax.value_and_grad(loss))(trainable)
+  merged, plain = tuned.merge(tuned.frozen, trainable), call(pretrained.module)
+  want = jax.jit(lambda v: made.loss(plain, v, rows, None)[0])(merged)
   assert float(got) == pytest.approx(float(want), rel=1e-5)
   assert all(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
@@ -191,22 +193,25 @@ def test_divergence_equals_the_plain_formula(tiny):
   _, pretrained, made = tiny
   apply, rows = call(pretrained.module), batch()
   other = jax.tree.map(lambda x: 1.1 * x, pretrained.variables)
-  total, weight = made.divergence(apply, pretrained.variables, other, rows, 2.0)
+  apart_from = jax.jit(lambda a, b: made.divergence(apply, a, b, rows, 2.0))
+  total, weight = apart_from(pretrained.variables, other)
   inputs = {key: rows[key] for key in ("input_ids", "attention_mask")}
-  q, p = (jax.nn.log_softmax(apply(v, inputs)["logits"] / 2) for v in (pretrained.variables, other))
+  logits = jax.jit(lambda v: apply(v, inputs)["logits"])
+  q, p = (jax.nn.log_softmax(logits(v) / 2) for v in (pretrained.variables, other))
   apart = 4 * jnp.sum(jnp.exp(p) * (p - q), -1)[:, :-1]
   mask = rows["attention_mask"][:, 1:]
   assert float(total) == pytest.approx(float(jnp.sum(apart * mask)), rel=1e-4)
   assert float(weight) == mask.sum()
-  same, _ = made.divergence(apply, other, other, rows, 2.0)
+  same, _ = apart_from(other, other)
   assert float(same) == pytest.approx(0, abs=1e-4)
 
 
 def test_label_smoothing_is_in_the_loss_and_not_in_the_metric(tiny):
   folder, pretrained, made = tiny
   rows, apply = batch(), call(pretrained.module)
-  plain, _, aux = made.loss(apply, pretrained.variables, rows, None)
-  smooth, _, same = task(folder, smoothing=0.2).loss(apply, pretrained.variables, rows, None)
+  other = task(folder, smoothing=0.2)
+  (plain, _, aux), (smooth, _, same) = jax.jit(lambda v: tuple(
+    one.loss(apply, v, rows, None) for one in (made, other)))(pretrained.variables)
   assert float(same["nats_per_token"]) == pytest.approx(float(aux["nats_per_token"]), rel=1e-6)
   assert float(smooth) != pytest.approx(float(plain), rel=1e-3)
 
@@ -236,7 +241,7 @@ def test_bytes_are_those_of_what_is_kept(tiny):
 def test_text_of_one_token_is_left_out(tmp_path):
   export(tmp_path)
   made = preprocess(tmp_path)
-  made._tokenizer.post_processor = None or __import__("tokenizers").processors.Sequence([])
+  made._tokenizer.post_processor = tokenizers.processors.Sequence([])  # sets no <s>
   alone = lm.Task(config_dict.ConfigDict({"label_smoothing": 0.0}),
                   types.SimpleNamespace(columns={"text": "text"}), made)
   with pytest.raises(errors.RowError, match="nothing to predict"):
@@ -350,15 +355,29 @@ def test_a_run_says_what_it_gained_and_what_it_cost_elsewhere(run):
   assert row["difference"] == pytest.approx(
     card["results"]["test"]["fine-tuned"]["metrics"]["nats_per_token"]
     - card["results"]["test"]["zero-shot"]["metrics"]["nats_per_token"], abs=1e-6)
-  first = card["history"][0]["validation/nats_per_token"]  # step 0 is the pretrained model
-  assert card["results"]["validation"]["zero-shot"]["metrics"]["nats_per_token"] == pytest.approx(
-    first, rel=1e-5)
+  before = card["results"]["general"]["zero-shot"]
+  assert before["metrics"]["nats_per_token"] == pytest.approx(pretrained_nats(run), rel=1e-5)
+  low, high = before["interval"]["nats_per_token"]
+  assert low < before["metrics"]["nats_per_token"] < high and before["n"] == 12
   assert card["guards"]["calibrate"]["verdict"] == "not measured"
   assert "test gained over the pretrained model (−" in card["guards"]["overfit"]["words"]
   assert "nats/token" in card["guards"]["overfit"]["words"]
   page = (run / "out" / "card.html").read_text()
   assert "nats/token" in page and "pretrained model" in page
-  assert "<s> user : " in card["data"]["first_example"]
+  assert card["data"]["first_example"].startswith("<s> <s> <unk> <unk> ")  # by the template
+
+
+def pretrained_nats(run) -> float:
+  """What the checkpoint gives the general text, a row at a time."""
+  pretrained = models.load(str(run / "llama"), head="lm")
+  made, apply = task(run / "llama", max_length=32), call(pretrained.module)
+  step = jax.jit(lambda v, b: made.predict(apply, v, b))
+  parts = []
+  for line in (run / "general.txt").read_text().splitlines():
+    example = made.example({"text": line})
+    row = {k: np.pad(v, (0, 12 - len(v)))[None] if v.ndim else v[None] for k, v in example.items()}
+    parts.append(step(pretrained.variables, {**row, "weight": np.ones(1, np.float32)}))
+  return made.value({key: np.concatenate([part[key] for part in parts]) for key in parts[0]})
 
 
 def test_prediction_gives_nats_by_row(run):

@@ -96,7 +96,7 @@ def reference(case: str, folder: str) -> Reference:
   torch.manual_seed(1)
   model = CASES[case]().eval()
   with torch.no_grad():
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
       parameter.copy_(torch.randn_like(parameter) * 0.3 + (parameter.ndim == 1) * 0.5)
     for name, buffer in model.named_buffers():
       if name.endswith("running_var"):

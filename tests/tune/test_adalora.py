@@ -1,5 +1,7 @@
 """AdaLoRA's budget, importance and penalty: those of `peft`, over all layers, stacked or not."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from ft import errors, optim, tune
 from ft.tune import adalora
 
 VALUES = {"rank": 3, "target_rank": 2}
+make = functools.cache(toys.make)
 
 
 def values_of(tree) -> dict:
@@ -21,7 +24,7 @@ def values_of(tree) -> dict:
 
 @pytest.mark.parametrize("scanned", [False, True])
 def test_a_run_ends_with_the_target_rank(scanned):
-  module, variables, ids = toys.make(scanned=scanned)
+  module, variables, ids = make(scanned=scanned)
   tuned = toys.init("adalora", variables, **VALUES, tinit=0.2, tfinal=0.3)
   steps = 20
   config = config_dict.ConfigDict(
@@ -152,7 +155,7 @@ def test_among_equals_exactly_the_budget_stays():
 
 
 def test_penalty_is_off_with_its_coefficient():
-  _, variables, _ = toys.make(depth=1)
+  _, variables, _ = make(depth=1)
   assert toys.init("adalora", variables, **VALUES, orthogonal=0.0).penalty is None
   tuned = toys.init("adalora", variables, **VALUES, orthogonal=0.5)
   np.testing.assert_allclose(tuned.penalty(tuned.trainable),
@@ -160,7 +163,7 @@ def test_penalty_is_off_with_its_coefficient():
 
 
 def test_messages():
-  _, variables, _ = toys.make(depth=1)
+  _, variables, _ = make(depth=1)
   for match, values in (
     ("target_rank=8 is larger than tune.rank=2", {"rank": 2}),
     ("tinit=0.5 and tune.tfinal=0.5 leave no part", {**VALUES, "tinit": 0.5, "tfinal": 0.5}),

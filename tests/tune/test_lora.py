@@ -22,8 +22,8 @@ COUNT = 2 * (2 * (8 + 8) + 2 * (8 + 32))  # of both layers together, for a rank 
 # settings -> trainable parameters of the toy (2 layers of width 8, 11 words, head of 2)
 VARIANTS = {
   "plain": ({"rank": 2, "alpha": 3.0}, 2 * COUNT + HEAD),
-  "root": ({"rank": 2, "alpha": 3.0, "scale": "alpha/sqrt(r)"}, 2 * COUNT + HEAD),
-  "patterns": ({"rank": 2, "rank_pattern": ("inner$=3", "in.er=1"), "alpha_pattern": ("key=5.5",)},
+  "patterns": ({"rank": 2, "scale": "alpha/sqrt(r)", "alpha": 3.0, "alpha_pattern": ("key=5.5",),
+                "rank_pattern": ("inner$=3", "in.er=1")},
                2 * COUNT + 2 * (8 + 32) + HEAD),
   "dora": ({"rank": 2, "dora": True}, 2 * COUNT + BIASES + HEAD),
   "pissa": ({"rank": 2, "alpha": 3.0, "start": "pissa"}, 2 * COUNT + HEAD),
@@ -87,16 +87,12 @@ def test_promises(name, scanned):
     np.testing.assert_array_equal(tune.flatten(tuned.frozen)[path], leaf)
 
 
-def test_scanned_equals_merged_and_stacks():
-  module, variables, ids = toys.make(depth=3, scanned=True)
-  tuned = toys.init("lora", variables, rank=2)
-  shapes = {row.path: row.shape for row in tuned.table}
-  assert shapes["adapters/encoder/layers/inner/lora_a"] == (3, 8, 2)
-  assert shapes["adapters/encoder/layers/inner/lora_b"] == (3, 2, 32)
-  trainable = toys.shaken(tuned.trainable)
-  np.testing.assert_allclose(
-    jax.jit(module.apply)(tuned.merge(tuned.frozen, trainable), ids)["logits"],
-    toys.forward(module, tuned, tuned.combine(tuned.frozen, trainable), ids), rtol=1e-5, atol=1e-5)
+def test_stacked_shapes():
+  _, variables, _ = toy(True)
+  shapes = {row.path: row.shape for row in toys.init("lora", variables, rank=2, dora=True).table}
+  assert shapes["adapters/encoder/layers/inner/lora_a"] == (2, 8, 2)
+  assert shapes["adapters/encoder/layers/inner/lora_b"] == (2, 2, 32)
+  assert shapes["adapters/encoder/layers/inner/lora_magnitude"] == (2, 32)
 
 
 def test_starts_at_the_pretrained_function():
@@ -206,12 +202,12 @@ class Picture(nn.Module):
   def __call__(self, x):
     x = nn.tanh(convolution.Conv(5, 3, 2, "SAME", use_bias=True, name="strided")(x))
     x = nn.tanh(convolution.Conv(4, 3, 1, ((2, 2), (2, 2)), dilation=2, name="dilated")(x))
-    x = convolution.ConvNorm(convolution.Conv(6, 1, 2), convolution.BatchNorm(), name="point")(x)
+    x = convolution.ConvNorm(convolution.Conv(6, 1, 2, name="point"), convolution.BatchNorm())(x)
     x = convolution.DepthwiseConv(6, 3, name="depthwise")(x)
     return layers.Linear(2, name="classifier")(x.mean((1, 2)))
 
 
-@pytest.mark.parametrize("values", [{}, {"dora": True}, {"start": "pissa"}])
+@pytest.mark.parametrize("values", [{}, {"dora": True, "start": "pissa"}])
 def test_convolutions(values):
   module = Picture()
   images = jax.random.normal(jax.random.key(0), (2, 7, 7, 3))
@@ -221,7 +217,7 @@ def test_convolutions(values):
   shapes = {row.path: row.shape for row in tuned.table}
   assert shapes["adapters/strided/lora_a"] == (3, 3, 3, 2)
   assert shapes["adapters/strided/lora_b"] == (2, 5)
-  assert shapes["adapters/point/conv/lora_a"] == (4, 2)
+  assert shapes["adapters/point/lora_a"] == (4, 2)
   count = 2 * (9 * 3 + 5) + 2 * (9 * 5 + 4) + 2 * (4 + 6) + 6 * 2 + 2
   assert sum(row.count for row in tuned.table) == count + (15 if "dora" in values else 0)
 
@@ -232,8 +228,10 @@ def test_convolutions(values):
   @jax.jit
   def run(trainable):
     def both(function):
-      return jax.value_and_grad(lambda t: (jnp.sum(function(t) ** 2), function(t)), has_aux=True)(
-        trainable)
+      def squares(trainable):
+        out = function(trainable)
+        return jnp.sum(out**2), out
+      return jax.value_and_grad(squares, has_aux=True)(trainable)
     merged = lambda t: module.apply(tuned.merge(tuned.frozen, t), images)  # noqa: E731
     return both(adapted), both(merged)
 

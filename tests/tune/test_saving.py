@@ -1,4 +1,4 @@
-"""adapter/ of a run: written, read back, predicted with, exported; and what can be wrong with it."""
+"""adapter/ of a run: written, read back, predicted with, exported; and what can go wrong."""
 
 import dataclasses
 import json
@@ -30,10 +30,14 @@ def base(tiny):
   return saving.Base(config_lib.to_json(section), {"num_labels": 3, "labels": ["a", "b", "c"]}, 5)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["unrolled", "scanned"])
-def loaded(base, request):
-  changed = dataclasses.replace(base, model={**base.model, "scan": request.param}, path="")
-  return changed, changed.load()
+@pytest.fixture(scope="module")
+def loaded(base):
+  """Whether scanned -> (base, model)."""
+  pairs = {}
+  for scan in (False, True):
+    changed = dataclasses.replace(base, model={**base.model, "scan": scan})
+    pairs[scan] = changed, changed.load()
+  return pairs
 
 
 def split(base, pretrained, method):
@@ -42,9 +46,9 @@ def split(base, pretrained, method):
                    tune.Context(pretrained))
 
 
-@pytest.mark.parametrize("method", CASES)
-def test_save_and_load_give_the_same(loaded, tmp_path, method):
-  base, pretrained = loaded
+@pytest.mark.parametrize("method,scan", [*((method, False) for method in CASES), ("vera", True)])
+def test_save_and_load_give_the_same(loaded, tmp_path, method, scan):
+  base, pretrained = loaded[scan]
   tuned = split(base, pretrained, method)
   trainable = toys.shaken(tuned.trainable)
   # `save` compares values and outputs itself, and the base is not needed in memory for it.
@@ -65,13 +69,13 @@ def test_save_and_load_give_the_same(loaded, tmp_path, method):
   assert [path.name for path in tmp_path.iterdir()] == ["adapter"]  # nothing unfinished
 
 
-def test_a_run_starts_from_an_adapter_of_another_form(base, tmp_path):
+def test_a_run_starts_from_an_adapter_of_another_form(loaded, tmp_path):
   """Written unrolled, read by a scanned model, whose settings it brings."""
-  pretrained = base.load()
+  base, pretrained = loaded[False]
   tuned = split(base, pretrained, "lora")
   trainable = toys.shaken(tuned.trainable)
   saving.save(tmp_path / "adapter", pretrained, tuned, tuned.frozen, trainable, base, SPEC)
-  scanned = dataclasses.replace(base, model={**base.model, "scan": True}).load()
+  scanned = loaded[True][1]
   config = toys.config("lora", init=str(tmp_path / "adapter"), rank=7)
   again = tune.init(config, scanned.variables, jax.random.PRNGKey(0), scanned.head,
                     tune.Context(scanned))

@@ -1,6 +1,7 @@
 """Scales, rotations, random and multiplied updates: formulas, gradients, merging, PEFT's own."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import pathlib
@@ -34,6 +35,9 @@ CASES = {
   "adalora": ("adalora", {"rank": 3, "target_rank": 2}, 3 * (SIDES + 4)),
 }
 HEAD = 8 * 2 + 2
+make = functools.cache(toys.make)
+# Every program here runs once.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @pytest.mark.parametrize("scanned", [False, True])
@@ -41,7 +45,7 @@ HEAD = 8 * 2 + 2
 def test_count_start_gradient_and_merging(case, scanned):
   method, values, count = CASES[case]
   depth = 1 + scanned
-  module, variables, ids = toys.make(depth=depth, scanned=scanned)
+  module, variables, ids = make(depth=depth, scanned=scanned)
   tuned = toys.init(method, variables, **values)
   assert sum(row.count for row in tuned.table) == depth * count + HEAD
   trainable = toys.shaken(tuned.trainable)
@@ -55,7 +59,7 @@ def test_count_start_gradient_and_merging(case, scanned):
   def adapted(trainable, frozen):
     return toys.forward(module, tuned, tuned.combine(frozen, trainable), ids)
 
-  @jax.jit
+  @jit
   def run(variables, start, trainable, frozen):
     grads = jax.grad(lambda t: toys.loss(module, tuned, t, frozen, ids))(trainable)
     merged = tuned.merge(frozen, trainable)
@@ -75,12 +79,12 @@ def test_count_start_gradient_and_merging(case, scanned):
 @pytest.mark.parametrize("case", CASES)
 def test_training_moves_every_trainable_and_no_frozen_leaf(case):
   method, values, _ = CASES[case]
-  module, variables, ids = toys.make(depth=1)
+  module, variables, ids = make(depth=1)
   tuned = toys.init(method, variables, **values)
   before = tune.flatten(jax.tree.map(np.asarray, tuned.combine(tuned.frozen, tuned.trainable)))
   tx = optax.adam(1e-2)
 
-  @jax.jit
+  @jit
   def train(trainable, frozen):
     def step(carry, _):
       trainable, opt = carry
@@ -97,15 +101,17 @@ def test_training_moves_every_trainable_and_no_frozen_leaf(case):
 @pytest.mark.parametrize("case", CASES)
 def test_half_precision(case):
   method, values, _ = CASES[case]
-  module, variables, ids = toys.make(depth=1)
+  module, variables, ids = make(depth=1)
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables)
   tuned = toys.init(method, half, **values)
   trainable = toys.shaken(tuned.trainable)
   assert {x.dtype for x in jax.tree.leaves(trainable["adapters"])} == {jnp.dtype(jnp.float32)}
   merged = jax.eval_shape(tuned.merge, tuned.frozen, trainable)
   assert merged == jax.eval_shape(lambda: half)
-  assert jnp.isfinite(
-    toys.forward(module, tuned, tuned.combine(tuned.frozen, trainable), ids)).all()
+  plain = jax.eval_shape(lambda: module.apply(half, ids)["logits"])
+  logits = jax.eval_shape(lambda state: toys.forward(module, tuned, state, ids),
+                          tuned.combine(tuned.frozen, trainable))
+  assert logits.dtype == plain.dtype and logits.shape == plain.shape
 
 
 class Convolutions(convolution.nn.Module):
@@ -128,7 +134,7 @@ CONVOLUTIONS = {"ia3": {"targets": ("wide", "point"), "feedforward": ("point",)}
 @pytest.mark.parametrize("method", CONVOLUTIONS)
 def test_convolutions(method):
   module, x = Convolutions(), jax.random.normal(jax.random.key(0), (2, 6, 6, 4))
-  variables = jax.jit(module.init)(jax.random.key(1), x)
+  variables = jit(module.init)(jax.random.key(1), x)
   ranks = {"rank": 2} if "rank" in importlib.import_module(f"ft.tune.{method}").KEYS else {}
   ranks |= {"target_rank": 1} if method == "adalora" else {}
   tuned = toys.init(method, variables, head=(), **CONVOLUTIONS[method], **ranks)
@@ -136,7 +142,7 @@ def test_convolutions(method):
   assert adapted == ({"point", "wide"} if CONVOLUTIONS[method] else {"point"})
   trainable = toys.shaken(tuned.trainable)
 
-  @jax.jit
+  @jit
   def run(variables, trainable, frozen):
     return (module.apply(variables, x)["logits"],
             module.apply(tuned.merge(frozen, trainable), x)["logits"],
@@ -318,7 +324,7 @@ def test_rotations_are_orthogonal(neumann, tolerance):
 
 
 def test_vera_shares_its_matrices_and_stores_none_of_them_as_trainable():
-  _, variables, _ = toys.make()
+  _, variables, _ = make()
   tuned = toys.init("vera", variables, rank=4)
   fixed = {path: leaf.shape for path, leaf in tune.flatten(tuned.frozen).items() if "vera" in path}
   assert fixed == {"adapters/vera_a": (32, 4), "adapters/vera_b": (4, 32)}
@@ -329,7 +335,7 @@ def test_vera_shares_its_matrices_and_stores_none_of_them_as_trainable():
 
 
 def test_ia3_scales_outputs_and_inputs_of_the_right_layers():
-  _, variables, _ = toys.make()
+  _, variables, _ = make()
   rows = {row.path.removeprefix("adapters/encoder/"): row.shape
           for row in toys.init("ia3", variables).table if "ia3" in row.path}
   assert rows == {f"layer_{i}/{name}": shape for i in (0, 1)
@@ -364,7 +370,7 @@ def test_default_targets_of_ia3_exist_in_every_family(family):
 
 
 def test_messages():
-  _, variables, _ = toys.make()
+  _, variables, _ = make()
   for match, method, values in (
     ("(?s)'inner' matches none of the layers that tune.targets names.*layer_0/key",
      "ia3", {"feedforward": ("inner",), "targets": ("key",)}),
@@ -380,7 +386,7 @@ def test_messages():
   ):
     with pytest.raises(errors.UserError, match=match):
       toys.init(method, variables, **values)
-  _, stacked, _ = toys.make(scanned=True)
+  _, stacked, _ = make(scanned=True)
   with pytest.raises(errors.UserError, match="some of the layers of encoder/layers/output"):
     toys.init("ia3", stacked, feedforward=("layer_0/output",))
   odd = {"params": {"prime": {"kernel": jnp.ones((11, 4))}}}

@@ -13,6 +13,8 @@ CASES = {
   "head": {},
   "freeze": {"train": ("layer_1/output", "norm/bias$")},
   "lora": {"rank": 2},
+  "sparse": {"rank": 1},
+  "staged": {},
 }
 
 
@@ -87,6 +89,8 @@ def test_counts():
   assert count["freeze"] == (32 * 8 + 8) + 2 * 8 + 8 * 2 + 2
   # rank x (in + out) for each linear layer: query, key, inner, output.
   assert count["lora"] == 2 * 2 * (2 * (8 + 8) + 2 * (8 + 32)) + 8 * 2 + 2
+  assert count["sparse"] == 2 * (2 * (8 + 8) + 2 * (8 + 32)) + 8 * 2 + 2
+  assert count["staged"] == count["full"]
 
 
 def test_only_head():
@@ -96,6 +100,7 @@ def test_only_head():
   assert not toys.init("freeze", variables, train=("layer_1/norm",)).only_head
   assert not toys.init("full", variables).only_head
   assert not toys.init("lora", variables, rank=2).only_head
+  assert not toys.init("staged", variables).only_head
 
 
 def test_unknown_method():
