@@ -117,12 +117,12 @@ def loader(run: Run, examples, size: int, training: bool = False, buckets=None) 
 
 
 def extract_features(run: Run, examples: dict, frozen, mutable, tuned) -> dict:
-  """What the task's baselines are made of, before training: split -> arrays (N, …).
+  """What the task's baselines are made of, of the untuned model: split -> arrays (N, …).
 
   Where that is what the label head reads, of train too: baselines and the head may learn from it.
   """
   untouched = state.State(None, None, tuned.trainable, mutable, None, None)
-  apply = state.make_apply(run.pretrained.module, tuned.interceptor, tuned.around)
+  apply = state.make_apply(run.pretrained.module, tuned.reader)
   step = state.make_predict_step(
     run.task.features, apply, tuned.combine, mesh.replicated(run.mesh)
   )

@@ -37,7 +37,7 @@ CLASSIFIERS = ("classifier", "score")
 _TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
           "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "MTModel": "SEQ_2_SEQ_LM",
           "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
-_HALVES = ("lora_A.weight", "lora_B.weight", "lora_A", "lora_B", "lora_magnitude_vector")
+_HALVES = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 
 
 def types() -> dict[str, str]:

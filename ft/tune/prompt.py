@@ -101,7 +101,7 @@ def _around(size: int, length: int, limit):
 
   def around(apply):
     def lengthened(variables, inputs, *args, **kwargs):
-      if "features" in inputs:  # the label head alone
+      if {"features", "hidden"} & set(inputs):  # a head alone
         return apply(variables, inputs, *args, **kwargs)
       longer = _longer(inputs, size, length, limit)
       with _reading():

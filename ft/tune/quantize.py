@@ -83,7 +83,7 @@ def apply(tuned: tune.Tuned, config, head=(), context=None) -> tune.Tuned:
   merge = tuned.merge and (lambda frozen, trainable: tuned.merge(plain(frozen), trainable))
   after = dataclasses.replace(
     tuned, frozen=tune.unflatten(flat), merge=merge, plain=plain,
-    interceptor=tune.chain(tuned.interceptor, Interceptor()))
+    interceptor=tune.chain(tuned.interceptor, Interceptor()), reader=Interceptor())
   size = sum(leaf.nbytes for path, leaf in flat.items()
              if path.startswith(("params/", COLLECTION + "/")))
   note = (f"tune.quantize={config.quantize} keeps the frozen weights in {size / 1e6:,.3g} MB, "

@@ -26,6 +26,7 @@ OUT = {
   "hira-conv": ("resnet", "hira", dict(rank=2)),
   "adalora": ("bert", "adalora", dict(rank=3, target_rank=2)),
   "adalora-gpt2": ("gpt2", "adalora", dict(rank=3, target_rank=2)),
+  "adalora-conv": ("resnet", "adalora", dict(rank=3, target_rank=2)),
   "shira": ("vit", "sparse", dict(rank=1)),
   "norms": ("bert", "freeze", dict(select="norms")),
   "norms-lm": ("llama", "freeze", dict(select="norms")),
