@@ -97,8 +97,8 @@ class Tuned:
     merge: (frozen, trainable) -> plain variables of the bare model, adapters folded in; pure. None
       where plain weights cannot compute the same, as with prompts.
     interceptor: for `flax.linen.intercept_methods` around every apply, or None.
-    reader: the part of it that reads frozen weights which are not kept as they are, or None: with it
-      alone, the model computes as before tuning.
+    reader: the part of it that reads frozen weights which are not kept as they are, or None; with
+      it alone, the model computes as before tuning.
     around: apply -> apply, for methods that change the model's inputs (see `state.make_apply`), or
       None.
     table: one row for each trainable leaf, sorted by path.

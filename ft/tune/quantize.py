@@ -114,8 +114,8 @@ def _choose(tuned, config, head, context) -> dict[str, adapters.Found]:
             if not tune.under(f"params/{path}", head) and _size(path, found.leaf) >= SMALLEST}
   if not chosen:
     raise errors.UserError(
-      f"tune.quantize={config.quantize!r} finds nothing to quantise: quantising a layer that trains "
-      f"is not possible, and tune.method={config.method!r} leaves no linear layer or embedding of "
+      f"tune.quantize={config.quantize!r} finds nothing to quantise: quantising a layer that "
+      f"trains is not possible, and tune.method={config.method!r} leaves no linear layer or embedding of "
       f"{SMALLEST} weights frozen. Use a method that does, such as tune.method='lora', or "
       "tune.quantize='none'")
   return chosen
@@ -132,8 +132,8 @@ def _named(targets, known, frozen) -> dict[str, adapters.Found]:
         f"tune.quantize_targets: {target!r} is no regular expression: {e}") from e
     if not found:
       raise errors.UserError(
-        f"tune.quantize_targets: {target!r} matches no layer{errors.suggest(target, frozen)}; these "
-        "can be quantised:\n  " + "\n  ".join(frozen))
+        f"tune.quantize_targets: {target!r} matches no layer{errors.suggest(target, frozen)}; "
+        "these can be quantised:\n  " + "\n  ".join(frozen))
     for path in found:
       if known[path].kind not in KINDS:
         raise errors.UserError(
@@ -141,8 +141,8 @@ def _named(targets, known, frozen) -> dict[str, adapters.Found]:
           f"only layers of kind {', '.join(KINDS)} can be quantised")
       if path not in frozen:
         raise errors.UserError(
-          f"tune.quantize_targets: {target!r} matches {path}, and quantising a layer that trains is "
-          "not possible; name frozen layers only, or leave tune.quantize_targets empty for all of "
+          f"tune.quantize_targets: {target!r} matches {path}, and quantising a layer that trains "
+          "is not possible; name frozen layers only, or leave tune.quantize_targets empty for all of "
           "them")
       chosen[path] = known[path]
   return chosen
