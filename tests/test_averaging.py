@@ -100,6 +100,7 @@ def test_terms_and_penalty_are_logged_and_the_optimizer_starts_at_the_start(run)
     assert line["train/loss"] == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_the_same(run, monkeypatch):
   folder, _, made, copy = run
   calls = []

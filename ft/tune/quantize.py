@@ -80,7 +80,8 @@ def apply(tuned: tune.Tuned, config, head=(), context=None) -> tune.Tuned:
     flat |= {f"{COLLECTION}/{module}/{name}": array
              for name, array in _encoded(leaf, kept[module]).items()}
   plain = functools.partial(_plain, kept)
-  merge = tuned.merge and (lambda frozen, trainable: tuned.merge(plain(frozen), trainable))
+  inner = tuned.merge  # not `tuned`, which holds the full-precision weights
+  merge = inner and (lambda frozen, trainable: inner(plain(frozen), trainable))
   after = dataclasses.replace(
     tuned, frozen=tune.unflatten(flat), merge=merge, plain=plain,
     interceptor=tune.chain(tuned.interceptor, Interceptor()), reader=Interceptor())
@@ -198,9 +199,9 @@ def difference(pretrained, before: tune.Tuned, after: tune.Tuned) -> float:
     old, new = (jnp.nan_to_num(x.astype(jnp.float32)) for x in (old, new))
     return jnp.sqrt(jnp.square(new - old).mean() / jnp.maximum(jnp.square(old).mean(), 1e-30))
 
-  old, new = outputs(before), outputs(after)
-  return max(float(change(old[name], new[name])) for name in old
-             if jnp.issubdtype(old[name].dtype, jnp.floating))
+  pairs = zip(jax.tree.leaves(outputs(before)), jax.tree.leaves(outputs(after)), strict=True)
+  return max(float(change(old, new)) for old, new in pairs
+             if jnp.issubdtype(old.dtype, jnp.floating))
 
 
 def int8(weights, axis: int) -> dict:

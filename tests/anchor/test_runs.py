@@ -19,6 +19,7 @@ def logged(folder):
   return [line for line in lines if "train/loss" in line and "train/rate" in line]
 
 
+@pytest.mark.slow
 def test_many_remedies_at_once_on_a_classifier(tiny, tmp_path):
   words = [*QUICK, ("data.train", f"{tiny.csv}[60:]"), ("anchor.ewc.source", f"{tiny.csv}[:20]"),
            ("anchor.ewc.weight", "100"), ("anchor.kl.weight", "0.5"), ("anchor.mixout.p", "0.3"),

@@ -119,6 +119,7 @@ def test_nothing_moves_before_its_stage():
   go(*run("lp-ft", head_share=0.5))
 
 
+@pytest.mark.slow
 def test_stacked_layers_start_as_unstacked_ones():
   """No layer moves before its stage, scanned or not, and every layer goes the same way."""
   tuned, now, step, batch = run("unfreeze")
