@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
 from tune import eight
 
 from ft import config
@@ -14,6 +15,7 @@ def test_no_method_is_left_out():
   assert set(eight.CASES) == set(config.choices("tune.method"))
 
 
+@pytest.mark.slow
 def test_eight_devices_and_micro_batches_take_the_same_step():
   root = pathlib.Path(__file__).resolve().parents[2]
   done = subprocess.run(

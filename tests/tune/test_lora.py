@@ -40,7 +40,7 @@ def toy(scanned: bool):
   return toys.make(scanned=scanned)
 
 
-@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("scanned", toys.SCANNED)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_promises(name, scanned):
   """Count, start, merging, gradient, and frozen leaves that stay: of each kind of LoRA.

@@ -7,6 +7,12 @@ peft = pytest.importorskip("peft")
 
 model = peft_models.model
 
+
+def mostly(cases):
+  """The cases; those of further architectures and settings, with a hyphen, run as slow ones."""
+  return [pytest.param(name, marks=pytest.mark.slow) if "-" in name else name for name in cases]
+
+
 OUT = {
   "ia3": ("bert", "ia3", {}),
   "ia3-lm": ("llama", "ia3", {}),
@@ -32,14 +38,14 @@ OUT = {
   "norms-lm": ("llama", "freeze", dict(select="norms")),
   "prompt": ("bert", "prompt", dict(length=3)),
   "prompt-lm": ("llama", "prompt", dict(length=3)),
-  "prefix-lm": ("llama", "prefix", dict(length=3)),
+  "prefix": ("llama", "prefix", dict(length=3)),
   "prefix-gpt2": ("gpt2", "prefix", dict(length=3)),
   "tokens": ("bert", "tokens", dict(tokens=(5, 7, 9, 11))),
   "tokens-tied": ("tied", "tokens", dict(tokens=(5, 7, 9, 11))),
 }
 
 
-@pytest.mark.parametrize("name", OUT)
+@pytest.mark.parametrize("name", mostly(OUT))
 def test_peft_opens_what_we_write(model, tmp_path, name):
   case, method, values = OUT[name]
   peft_models.check_writing(model(case), method, values, tmp_path / "adapter")
@@ -77,7 +83,7 @@ IN = {
     num_virtual_tokens=3, task_type="SEQ_CLS")),
   "prompt-lm": ("llama", "prompt", lambda: peft.PromptTuningConfig(
     num_virtual_tokens=3, task_type="CAUSAL_LM")),
-  "prefix-lm": ("llama", "prefix", lambda: peft.PrefixTuningConfig(
+  "prefix": ("llama", "prefix", lambda: peft.PrefixTuningConfig(
     num_virtual_tokens=3, task_type="CAUSAL_LM")),
   "tokens": ("bert", "tokens", lambda: peft.TrainableTokensConfig(
     token_indices=[5, 7, 9, 11], target_modules=["word_embeddings"])),
@@ -86,7 +92,7 @@ IN = {
 }
 
 
-@pytest.mark.parametrize("name", IN)
+@pytest.mark.parametrize("name", mostly(IN))
 def test_we_read_what_peft_writes(model, tmp_path, name):
   case, method, make = IN[name]
   peft_models.check_reading(model(case), method, make(), tmp_path)

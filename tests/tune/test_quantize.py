@@ -120,7 +120,7 @@ def size(tree):
   return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("scanned", toys.SCANNED)
 def test_bytes(scanned):
   d, w, v = SIZES["depth"], SIZES["width"], SIZES["vocabulary"]
   kernels = [(w, w), (w, w), (w, 4 * w), (4 * w, w)]
@@ -141,7 +141,7 @@ def test_bytes(scanned):
     assert f"{kept:,.3g} MB" in t.notes[0]
 
 
-@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("scanned", toys.SCANNED)
 @pytest.mark.parametrize("form", ["int8", "nf4"])
 def test_training_sees_the_merged_weights(form, scanned):
   module, variables, ids = case(scanned)
@@ -185,7 +185,7 @@ def test_scanned_is_unrolled(form):
   np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("scanned", toys.SCANNED)
 def test_training_moves_no_code(scanned):
   module, _, ids = case(scanned)
   t, tx = tuned("nf4", scanned), optax.adam(1e-2)
@@ -233,7 +233,7 @@ def test_nothing_keeps_the_float_weights(method, values):
   assert not [ref for ref in gone if ref() is not None]
 
 
-@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("scanned", toys.SCANNED)
 @pytest.mark.parametrize("form", ["int8", "nf4"])
 def test_no_copy_of_all_weights_is_ever_alive(form, scanned):
   width, depth = 128, 8
@@ -412,7 +412,7 @@ print("same")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("scanned", toys.SCANNED)
 def test_eight_devices(scanned):
   root = pathlib.Path(__file__).resolve().parents[2]
   done = subprocess.run(

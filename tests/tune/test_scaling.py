@@ -40,7 +40,7 @@ make = functools.cache(toys.make)
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("scanned", toys.SCANNED)
 @pytest.mark.parametrize("case", CASES)
 def test_count_start_gradient_and_merging(case, scanned):
   method, values, count = CASES[case]

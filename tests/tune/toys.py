@@ -4,12 +4,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from ml_collections import config_dict
 
 from ft import tune
 from ft.models import layers
 
 HEAD = ("params/classifier",)
+# Whether layers are stacked; the quick suite takes the harder case alone.
+SCANNED = (pytest.param(False, marks=pytest.mark.slow), True)
 
 
 class Block(nn.Module):
