@@ -73,7 +73,7 @@ def prepare(config, folder, poll) -> tuple[Run, dict]:
       rows, task.example, preprocess=preprocess,
       drop_policy=config.data.drop, cache_bytes=config.data.cache_bytes,
     )
-  first = preprocess.show(examples["train"][0])
+  first = getattr(task, "show", preprocess.show)(examples["train"][0])
   logging.info("first example: %s", first)
   poll()
   pretrained = models.load_config(

@@ -152,6 +152,11 @@ class Examples:
       raise errors.UserError(f"{_place(self._rows, row)}: {e}") from e
 
   @property
+  def rows(self):
+    """The split's rows, which `indices` count; None of examples that were not made of rows."""
+    return self._rows
+
+  @property
   def cached(self) -> bool:
     """Whether every example is in memory."""
     return len(self._cache) == len(self)

@@ -46,6 +46,8 @@ class Preprocess:
   Attributes:
     pad: key -> value that fills a batch up.
     buckets: lengths to pad to, the last one is max_length.
+    info: what models.inspect said; of a finished run folder and hf_config only.
+    tokenizer: a tokenizers.Tokenizer, which cuts at max_length where truncation says so.
     counts: {"truncated": examples that were cut, "too_long": examples refused for their length}.
     augments: False.
 
@@ -61,6 +63,7 @@ class Preprocess:
                     if r in ("text", "text_b")}
     self.counts = {"truncated": 0, "too_long": 0}
     self._stops = config.truncation == "error"
+    self.info = info
     self._tokenizer, settings = _load_tokenizer(info.folder)
     self._special = {i: token.content for i, token in
                      self._tokenizer.get_added_tokens_decoder().items() if token.special}
@@ -83,14 +86,36 @@ class Preprocess:
     """Returns (text, tokenizers.Encoding) of a row; see `__call__`."""
     text, encoding = self._encode(row)
     too_long = len(encoding.ids) > self.max_length
-    if too_long or encoding.overflowing:
-      with _COUNT_LOCK:
-        self.counts["too_long" if too_long else "truncated"] += 1
     if too_long:
-      message = (f"{len(encoding.ids)} tokens, more than data.max_length={self.max_length}: "
-                 f"{text[:60]!r}…")
-      raise errors.UserError(message) if self._stops else errors.RowError(message)
+      raise self.too_long(f"{len(encoding.ids)} tokens, more than data.max_length="
+                          f"{self.max_length}: {text[:60]!r}…")
+    if encoding.overflowing:
+      self.count("truncated")
     return text, encoding
+
+  def count(self, what: str) -> None:
+    """Counts an example under a name that the log and the card show."""
+    with _COUNT_LOCK:
+      self.counts[what] = self.counts.get(what, 0) + 1
+
+  def too_long(self, message: str) -> Exception:
+    """Counts an example that is refused for its length, and returns the error to raise."""
+    self.count("too_long")
+    return errors.UserError(message) if self._stops else errors.RowError(message)
+
+  @property
+  def tokenizer(self):
+    """The tokenizer, as the attributes say."""
+    return self._tokenizer
+
+  def chat(self, messages: list[dict], answer_next: bool = False) -> str | None:
+    """Returns messages as the checkpoint's chat template writes them; None where it has none.
+
+    Args:
+      messages: see `turns.messages`.
+      answer_next: whether the head of the assistant's next turn follows.
+    """
+    return self._render and self._render(messages, answer_next)
 
   def arrays(self, encoding) -> dict[str, np.ndarray]:
     """Returns the example of what `encode` returned."""
@@ -128,8 +153,8 @@ class Preprocess:
     return batch
 
   def length(self, example: dict) -> int:
-    """Returns the number of tokens."""
-    return len(example["input_ids"])
+    """Returns the number of tokens, of the longest of the arrays that are filled up."""
+    return max(len(example[key]) for key in self.pad if key in example)
 
   def show(self, example: dict) -> str:
     """Returns what the model reads, special tokens included, for log and card."""

@@ -47,7 +47,9 @@ def _parts(turn) -> tuple[str, str]:
 
 
 def renderer(folder: pathlib.Path, settings: Mapping) -> Callable | None:
-  """Returns messages -> text, by the chat template of a checkpoint; None where it has none.
+  """Returns (messages, answer_next=False) -> text, by a checkpoint's chat template, if it has one.
+
+  With answer_next, what opens the assistant's next turn follows the last message.
 
   Args:
     folder: of the checkpoint; chat_template.jinja there goes before tokenizer_config.json.
@@ -80,9 +82,9 @@ def renderer(folder: pathlib.Path, settings: Mapping) -> Callable | None:
   tokens = {name: token["content"] if isinstance(token, Mapping) else token
             for name, token in settings.items() if name.endswith("_token") and token}
 
-  def render(messages: list[dict]) -> str:
+  def render(messages: list[dict], answer_next: bool = False) -> str:
     try:
-      return template.render(messages=messages, add_generation_prompt=False, **tokens)
+      return template.render(messages=messages, add_generation_prompt=answer_next, **tokens)
     except Exception as e:  # whatever a program that came with a checkpoint may raise
       raise errors.RowError(f"the chat template refuses these turns: {e}") from e
 

@@ -29,8 +29,9 @@ class Evidence:
   """What a finished run has recorded; every field may be left empty.
 
   Attributes:
-    metric: name of the selection metric, e.g. "accuracy".
+    metric: name of the metric that is judged, e.g. "accuracy".
     mode: "max" or "min", what is better.
+    selection: (name, mode) of the metric that the best step was chosen by; None: the same.
     history: one dict a log point: "step", "train/loss" (training mode), "train/<metric>"
       (evaluation mode, on a sample), "validation/<metric>", "validation/loss" or "…/log_loss".
     outputs: split -> row name ("majority", "probe", "zero-shot", "fine-tuned") -> arrays (N, …) of
@@ -45,6 +46,7 @@ class Evidence:
 
   metric: str = ""
   mode: str = "max"
+  selection: tuple[str, str] | None = None
   history: list[dict] = dataclasses.field(default_factory=list)
   outputs: dict[str, dict[str, dict]] = dataclasses.field(default_factory=dict)
   score: collections.abc.Callable | None = None

@@ -22,16 +22,17 @@ UNITS = {"nats_per_token": " nats/token"}
 
 def measure(config, evidence):
   """The guard; see `ft.guards`."""
-  curve = curves(evidence.history, evidence.metric, evidence.mode)
+  chosen, mode = evidence.selection or (evidence.metric, evidence.mode)
+  curve = curves(evidence.history, chosen, mode)
   compared = differences(evidence, config.resamples)
   if not curve and not compared:
     return guards.not_measured("no evaluation history and no test outputs were recorded")
   verdicts, words = [], []
   if "gap" in curve:
-    words.append(_gap_words(curve, evidence.metric))
+    words.append(_gap_words(curve, chosen))
     verdicts.append("warning" if curve["gap"] > config.gap else "ok")
   elif "best_step" in curve:
-    words.append(f"best {evidence.metric} at step {curve['best_step']}, "
+    words.append(f"best {chosen} at step {curve['best_step']}, "
                  "train metric not recorded in evaluation mode")
   for split, name, row in _headlines(compared):
     words.append(f"{split} {row['verdict']} over the {guards.NAMES.get(name, name)} "

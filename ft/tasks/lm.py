@@ -153,7 +153,7 @@ class Task:
     Args:
       outputs: "nll", "tokens" and, for bits_per_byte, "bytes", each (N,).
     """
-    nats = self.value(outputs)
+    nats = _ratio(outputs["nll"], outputs["tokens"])
     found = {"nats_per_token": nats, "perplexity": float(np.exp(nats))}
     if "bytes" in outputs:
       found["bits_per_byte"] = _ratio(outputs["nll"], outputs["bytes"]) / float(np.log(2))
