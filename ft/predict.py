@@ -25,19 +25,18 @@ class Predictor:
 
   def __init__(self, folder, batch: int = 32):
     self.folder = exported(pathlib.Path(folder))
-    spec = json.loads((self.folder / "ft.json").read_text())
-    modality = importlib.import_module(f"ft.data.{spec['modality']}")
-    self.preprocess = modality.Preprocess.from_spec(spec["preprocess"], self.folder)
+    spec, self.preprocess = description(self.folder)
     task = importlib.import_module(f"ft.tasks.{spec['task']['name']}")
     self.task = task.Task.from_spec(spec["task"], self.preprocess)
     self.calibration = spec["calibration"]
     self.batch = batch
     self.rows = self.preprocess.read_rows
     self.state = state.State(None, None, {}, {}, None, None)
-    apply, pretrained, interceptor, self.variables = _load(self.folder)
+    apply, pretrained, interceptor, self.variables = load(self.folder)
     combine = lambda frozen, trainable: frozen  # noqa: E731
     self.step = state.make_predict_step(self.task.predict, apply, combine)
-    self.write, self._example, self._buckets = None, self.preprocess, self.preprocess.buckets
+    self._example = getattr(self.task, "unlabelled", self.preprocess)
+    self.write, self._buckets = None, self.preprocess.buckets
     if generation.writes(self.task):
       self.write = generation.make_step(self.task, pretrained, combine, interceptor)
       self._example, self._buckets = self.task.prompt, generation.buckets(self.task)
@@ -98,7 +97,14 @@ def exported(folder: pathlib.Path) -> pathlib.Path:
   )
 
 
-def _load(folder: pathlib.Path):
+def description(folder: pathlib.Path) -> tuple:
+  """Returns what ft.json of an exported model says, and the preprocessing it was tuned with."""
+  spec = json.loads((folder / "ft.json").read_text())
+  modality = importlib.import_module(f"ft.data.{spec['modality']}")
+  return spec, modality.Preprocess.from_spec(spec["preprocess"], folder)
+
+
+def load(folder: pathlib.Path):
   """Returns (apply, model, interceptor, variables) of an exported model, or of adapter and base."""
   if not saving.is_adapter(folder):
     pretrained = models.load(str(folder))

@@ -95,6 +95,9 @@ def prepare(rows, preprocess_fn, *, preprocess=None, drop_policy="count",
   if dropped:
     logging.warning("%s: %d of %d rows left out: %s",
                     name, len(dropped), len(rows), "; ".join(named))
+  for key, n in report.items():
+    if key in after and n:
+      logging.warning("%s: %d of %d rows: %s", name, n, len(rows), key.replace("_", " "))
   return Examples(rows, preprocess_fn, np.array(kept, np.int64),
                   np.array(lengths, np.int64) if pad else None, report, cache)
 

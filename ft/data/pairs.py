@@ -105,7 +105,7 @@ class Pairs:
     self.preprocess, self.layout = preprocess, layout
     self._tokenizer = Tokenizer.from_str(preprocess.tokenizer.to_str())
     self._tokenizer.no_truncation()
-    self.ending, self.ends = self._ending() if layout.decoder_only else "", layout.ends
+    self.ending, self.ends = preprocess.ending() if layout.decoder_only else "", layout.ends
     if self.ending:
       self.ends = (*layout.ends, *self._ids(self.ending)[-1:])
     # A decoder-only model's one sequence has to hold the target too.
@@ -211,15 +211,6 @@ class Pairs:
     cut = text[spans[tokens][0]:] if left else text[:spans[-tokens - 1][1]]
     # Tokens of one character share its span; a character less is then what gets on.
     return cut if len(cut) < len(text) else text[1:] if left else text[:-1]
-
-  def _ending(self) -> str:
-    """Returns what the chat template writes behind an answer, less white space."""
-    question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
-    opened = self.preprocess.chat([question], answer_next=True)
-    whole = self.preprocess.chat([question, answer])
-    if opened is None or not whole.startswith(opened + "y"):
-      return ""
-    return whole[len(opened) + 1:].rstrip()
 
 
 def _read(ids: list[int]) -> dict:
