@@ -284,7 +284,8 @@ def read_rows(source: str, columns: dict | None = None) -> Iterator[dict | error
   Args:
     source: a CSV, TSV or JSONL file by its suffix; any other file, or "-" for standard input, has
       one text a line. A line of standard input that is a JSON object with the text is one.
-  columns = {**{role: role for role in ("text", "text_b", "turns")}, **(columns or {})}
+    columns: role (text, text_b, turns) -> its column, such as `Preprocess.columns`; by default
+      each is called as its role.
 
   Raises:
     UserError: there is no such file, it is empty, or it has no column for the text.

@@ -179,7 +179,7 @@ class Task(lm.Task):
     return {"conversation": context, "reply": reply}
 
   def describe(self, outputs: dict, calibration: Mapping) -> dict:
-    """Returns the answer for one row as JSON types: its reply, or its nats where none is written."""
+    """Returns the answer for one row as JSON types: a reply, or nats where none is written."""
     if "answer" not in outputs:
       return super().describe(outputs, calibration)
     return {"reply": self._said(outputs)}
@@ -237,7 +237,7 @@ def slots(reply: str, written: str) -> tuple[int, int]:
 
 
 def distinct(texts: list[str], n: int) -> float:
-  """Returns different n-grams of words over all of them, in lower case; NaN where there are none."""
+  """Returns different n-grams of words over all of them, in lower case; NaN if there are none."""
   words = [text.lower().split() for text in texts]
   grams = [tuple(one[i:i + n]) for one in words for i in range(len(one) - n + 1)]
   return len(set(grams)) / len(grams) if grams else float("nan")
