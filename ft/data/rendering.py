@@ -1,18 +1,20 @@
-"""Renders chat templates in a process of its own, which can be stopped: `serve` is that process.
+"""Renders chat templates in a process of its own, within limits: `serve` is that process.
 
 Templates are programs that come with a checkpoint. They run in jinja2's immutable sandbox, see no
-clock and no file, and here cannot take more than MEMORY bytes; the other side (`ft.data.turns`)
-stops the process when an answer takes too long. A line of JSON in, a line of JSON out:
+clock and no file, and here cannot take more than MEMORY bytes; the system ends the process by
+SIGXCPU when an answer takes too much of the processor's time. A line of JSON in, a line out:
 
-    {"template", "tokens", "most"}                        -> {} | {"invalid": message}
+    {"template", "tokens", "most", "seconds"}             -> {} | {"invalid": message}
     {"messages", "prompt"}                                -> {"text"} | {"raised" | "large"}
     {"messages", "roles": the roles whose spans to find}  -> {"text", "spans"} | … | {"unclear"}
 """
 
-import contextlib
 import json
+import math
 import re
+import resource
 import secrets
+import signal
 import sys
 
 MEMORY = 1 << 30  # bytes of address space
@@ -147,21 +149,30 @@ def answer(template: Template, request: dict) -> dict:
 
 def serve() -> None:
   """Answers lines of standard input until it ends."""
-  import resource
-  import signal
-
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the whole group; the other side decides
-  with contextlib.suppress(OSError, ValueError):  # not every system has this limit
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+  _limit(resource.RLIMIT_CORE, 0)
+  _limit(resource.RLIMIT_AS, MEMORY)
   template = None
   for line in sys.stdin.buffer:
     request = json.loads(line)
     if template is None:
+      seconds = request["seconds"]
       try:
         template, found = Template(request["template"], request["tokens"], request["most"]), {}
       except Exception as e:  # jinja2's own errors, and those of compiling what it made
         found = {"invalid": str(e) or type(e).__name__}
     else:
+      used = resource.getrusage(resource.RUSAGE_SELF)
+      _limit(resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime + seconds))
       found = answer(template, request)
     sys.stdout.buffer.write(json.dumps(found).encode() + b"\n")
     sys.stdout.buffer.flush()
+
+
+def _limit(kind: int, value: int) -> None:
+  """Sets a soft limit, which can be raised again, where the system has it and allows so much."""
+  hard = resource.getrlimit(kind)[1]
+  try:
+    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+  except (OSError, ValueError):
+    pass

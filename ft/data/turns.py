@@ -9,6 +9,7 @@ sandbox, for at most SECONDS, and write at most CHARACTERS.
 import contextlib
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 import threading
@@ -20,9 +21,8 @@ import numpy as np
 from ft import errors
 
 ROLES = ("system", "user", "assistant", "tool")
-SECONDS = 10.0  # that a template may take for one conversation
+SECONDS = 10  # of the processor's time that a template may take for one conversation
 CHARACTERS = 10_000_000  # that it may write
-_START_SECONDS = 60.0  # that Python and jinja2 may take on a busy machine
 
 
 def messages(turns, speakers: Mapping[str, str] | None = None) -> list[dict[str, str]]:
@@ -120,7 +120,7 @@ class Renderer:
     with self._lock:
       if self._process is None:
         self._start()
-      found = self._exchange(request, SECONDS)
+      found = self._exchange(request)
     if "raised" in found:
       raise errors.RowError(f"the chat template refuses these turns: {found['raised']}")
     if "large" in found:
@@ -141,8 +141,8 @@ class Renderer:
     self._process = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     weakref.finalize(self, _end, self._process)
-    found = self._exchange(
-        {"template": self._source, "tokens": self._tokens, "most": CHARACTERS}, _START_SECONDS)
+    found = self._exchange({"template": self._source, "tokens": self._tokens, "most": CHARACTERS,
+                            "seconds": SECONDS})
     if "invalid" in found:
       self._stop()
       raise errors.UserError(f"{self._folder}: its chat template is not valid: {found['invalid']}")
@@ -151,31 +151,22 @@ class Renderer:
     _end(self._process)
     self._process = None
 
-  def _exchange(self, request: dict, seconds: float) -> dict:
-    """Sends a line, returns the answer; stops a process that gives none within some seconds."""
-    late = threading.Event()
-
-    def stop(process=self._process):
-      late.set()
-      process.kill()
-
-    timer = threading.Timer(seconds, stop)
-    timer.start()
+  def _exchange(self, request: dict) -> dict:
+    """Sends a line and returns the answer; UserError if the process ends instead."""
     try:
       self._process.stdin.write(json.dumps(request).encode() + b"\n")
       self._process.stdin.flush()
       line = self._process.stdout.readline()
     except OSError:  # it ended
       line = b""
-    finally:
-      timer.cancel()
     if line.endswith(b"\n"):
       return json.loads(line)
+    status = self._process.wait()
     self._stop()
     raise errors.UserError(
         f"{self._folder}: its chat template "
-        + (f"ran for more than {seconds:g} s on one conversation" if late.is_set() else
-           "made its process end"))
+        + (f"took more than {SECONDS:g} s of the processor's time for one conversation"
+           if status == -signal.SIGXCPU else f"made its process end (status {status})"))
 
   def __getstate__(self):
     return {"arguments": (self._folder, self._source, self._tokens)}

@@ -193,7 +193,8 @@ def test_the_longest_reply_is_written_from_what_stands_before_it(folder):
 
 
 def test_slots_and_distinct_by_hand():
-  reply = "Sure. I booked a table at Sino in San Jose for 2, at 11:30 am. Their number: 408-247-8880."
+  reply = ("Sure. I booked a table at Sino in San Jose for 2, at 11:30 am. "
+           "Their number: 408-247-8880.")
   assert chat.slots(reply, "Sino, San Jose, 11:30 and 408-247-8880")[0] == 5
   assert chat.slots(reply, "") == (0, 6)  # Sino San Jose 2 11:30 408-247-8880
   assert chat.slots(reply, "12 at sino, 408-247-88801, Josephine") == (0, 6)
