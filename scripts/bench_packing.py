@@ -1,8 +1,9 @@
 """What packing gains: training on the same conversations in padded and in packed rows.
 
-A Llama as wide as SmolLM2-135M, but of two layers and 8,192 words, is trained by SGD on DIALOGUES
+A Llama as wide as SmolLM2-135M, but of two layers and 8,192 words, is trained on DIALOGUES
 conversations of all over chat-sgd, in the lengths that SmolLM2's tokenizer and template give them,
-ROWS rows of up to SIZE tokens a step. A round goes over all of them, so every side sees the same tokens. Sides:
+ROWS rows of up to SIZE tokens a step. A round goes over all of them: all sides see the same
+tokens. Sides:
 
     packed     best-fit into rows of SIZE tokens
     padded     every row padded to SIZE tokens

@@ -1,4 +1,4 @@
-"""Renders chat templates in a process of its own, within limits: `serve` is that process.
+"""Renders chat templates in a process of its own, within limits: this file is its program.
 
 Templates are programs that come with a checkpoint. They run in jinja2's immutable sandbox, see no
 clock and no file, and here cannot take more than MEMORY bytes; the system ends the process by
@@ -176,3 +176,7 @@ def _limit(kind: int, value: int) -> None:
     resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
   except (OSError, ValueError):
     pass
+
+
+if __name__ == "__main__":
+  serve()

@@ -8,6 +8,7 @@ sandbox, for at most SECONDS, and write at most CHARACTERS.
 
 import contextlib
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ft import errors
+from ft.data import rendering
 
 ROLES = ("system", "user", "assistant", "tool")
 SECONDS = 10  # of the processor's time that a template may take for one conversation
@@ -136,10 +138,9 @@ class Renderer:
     return found
 
   def _start(self) -> None:
-    code = (f"import sys; sys.path[:] = {sys.path!r}\n"
-            "from ft.data import rendering; rendering.serve()")
     self._process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        [sys.executable, "-m", rendering.__name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     weakref.finalize(self, _end, self._process)
     found = self._exchange({"template": self._source, "tokens": self._tokens, "most": CHARACTERS,
                             "seconds": SECONDS})
