@@ -212,6 +212,8 @@ class Preprocess:
   def try_it(self, folder) -> str:
     """Returns the command that predicts on text of the user's own with the run in a folder."""
     run = shlex.quote(str(folder))
+    if "turns" in self.columns:
+      return f"python scripts/predict.py --run={run} --chat"
     return f"echo 'Your sentence here.' | python scripts/predict.py --run={run} --input=-"
 
   def spec(self) -> dict:
