@@ -288,7 +288,8 @@ def _roles(config, table: formats.Table, labelled: bool) -> dict[str, str]:
     if labelled or role in INPUTS:
       key = "data.group" if role == "group" and config.group else f"data.columns.{role}"
       _need(table, column, key)
-  named = {"text": "source"} if {"source", "target"} <= {*table.columns} else {}
+  pair = {"source", "target"} <= {*table.columns} and "text" not in table.columns
+  named = {"text": "source"} if pair else {}
   roles = {**{role: role for role in ROLES}, **named, **table.roles, **given}
   roles = {role: column for role, column in roles.items() if column in table.columns}
   if not set(MODALITY.get(config.modality, roles)) & set(roles):
