@@ -2,8 +2,8 @@
 
 A small Marian that starts from random weights shows the mechanics, not what translation can be:
 
-    python scripts/prepare.py --output=runs/marian-en-de \
-      --texts=../shared/data/translation-multi30k/raw/train.en.gz,../shared/data/translation-multi30k/raw/train.de.gz
+    RAW=../shared/data/translation-multi30k/raw
+    python scripts/prepare.py --texts=$RAW/train.en.gz,$RAW/train.de.gz --output=runs/marian-en-de
     python scripts/train.py --config=configs/translation.py --workdir=runs/translation
 
 pretrained: a folder with T5, BART, Marian, mBART or M2M100 to adapt in place of the first command's,
