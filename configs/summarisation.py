@@ -18,12 +18,12 @@ ASKS = {
 }
 
 
-def get_config(data="mts-dialog", steps=60, rate=1e-3, folder="../shared/data"):
+def get_config(data="mts-dialog", steps=40, rate=1e-3, folder="../shared/data"):
   notes = f"{folder}/summarisation-mts-dialog/MTS-Dialog-"
   sources = {
     "mts-dialog": dict(
-      train=f"{notes}TrainingSet.csv", validation=f"{notes}ValidationSet.csv",
-      test=f"{notes}TestSet-1-MEDIQA-Chat-2023.csv",
+      train=f"{notes}TrainingSet.csv", validation=f"{notes}ValidationSet.csv[:48]",
+      test=f"{notes}TestSet-1-MEDIQA-Chat-2023.csv[:100]",
       columns=dict(text="dialogue", target="section_text"), max_length=320, buckets=(96, 160, 224),
     ),
     "meqsum": dict(
@@ -39,7 +39,7 @@ def get_config(data="mts-dialog", steps=60, rate=1e-3, folder="../shared/data"):
     data=sources[data],
     task=dict(
       name="seq2seq", metric="rouge_l", scores=("rouge",), prefix=ASKS[data],
-      max_target=96 if dialogue else 40, lead=2 if dialogue else 1, generate_rows=100,
+      max_target=80 if dialogue else 40, lead=2 if dialogue else 1, generate_rows=64,
     ),
     tune=dict(method="lora", rank=16, alpha=32.0),
     optim=dict(rate=float(rate), warmup=0.1),

@@ -6,9 +6,9 @@ A small Marian that starts from random weights shows the mechanics, not what tra
     python scripts/prepare.py --texts=$RAW/train.en.gz,$RAW/train.de.gz --output=runs/marian-en-de
     python scripts/train.py --config=configs/translation.py --workdir=runs/translation
 
-pretrained: a folder with T5, BART, Marian, mBART or M2M100 to adapt in place of the first command's,
-  with prefix (T5: "translate English to German: ") or languages as task.source_language and
-  task.target_language; rate and epochs then want to be lower (rate=3e-5,epochs=1).
+pretrained: a folder with T5, BART, Marian, mBART or M2M100 to adapt, in place of the one made
+  above, with prefix (T5: "translate English to German: ") or with languages, as
+  task.source_language and task.target_language; lower rate and epochs then (rate=3e-5,epochs=1).
 source, target: en, de, fr, cs. dialect: a second test set (2017_flickr, 2017_mscoco, 2018_flickr).
 glossary: file of lines `source term<TAB>target term`. folder: where the data lies.
 Baselines are the source as it is and the model before training; BLEU is sacrebleu's.
