@@ -33,7 +33,7 @@ def judge(run, source: str, batch: int = 32) -> dict:
   metric, mode = getattr(task, "judged", task.metric)
   evidence = guards.Evidence(
     metric=metric, mode=mode, outputs={"data": {guards.TUNED: outputs}},
-    score=task.score, metrics=task.metrics, value=task.value,
+    score=task.score, metrics=task.metrics, value=task.value, count=getattr(task, "count", None),
   )
   result = overfit.results(evidence)["data"][guards.TUNED]
   return {

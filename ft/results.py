@@ -72,8 +72,9 @@ def conclude(
     for split, out in outputs.items()
   }
   evidence = guards.Evidence(
-    metric=metric, mode=mode, selection=run.task.metric, history=host["history"], outputs=rows, score=run.task.score,
-    metrics=run.task.metrics, value=run.task.value,
+    metric=metric, mode=mode, selection=run.task.metric, history=host["history"], outputs=rows,
+    score=run.task.score,
+    metrics=run.task.metrics, value=run.task.value, count=getattr(run.task, "count", None),
     extra=tuple(name for name in outputs if name not in ("validation", "test")),
   )
   resamples = run.config.guard.overfit.resamples

@@ -171,8 +171,8 @@ def glossary(path: str) -> dict[str, str]:
     if line.strip():
       parts = [part.strip() for part in line.split("\t")]
       if len(parts) != 2 or not all(parts):
-        raise errors.UserError(f"task.glossary={path}: line {number}: expected a source term, a tab "
-                               f"and a target term, got {line[:60]!r}")
+        raise errors.UserError(f"task.glossary={path}: line {number}: expected a source term, a "
+                               f"tab and a target term, got {line[:60]!r}")
       found[parts[0]] = parts[1]
   if not found:
     raise errors.UserError(f"task.glossary={path}: holds no terms")

@@ -53,8 +53,8 @@ class Layout:
     hf, tokenizer = preprocess.info.hf_config or {}, preprocess.tokenizer
     for key in ("source_language", "target_language"):
       if config[key] and decoder_only:
-        raise errors.UserError(f"task.{key} is for multilingual encoder-decoders; name the language "
-                               "in task.prefix")
+        raise errors.UserError(f"task.{key} is for multilingual encoder-decoders; name the "
+                               "language in task.prefix")
       if config[key] and tokenizer.token_to_id(config[key]) is None:
         raise errors.UserError(f"task.{key}={config[key]!r} is no token of this checkpoint"
                                f"{errors.suggest(config[key], _languages(tokenizer))}")
@@ -66,8 +66,8 @@ class Layout:
                  config.target_language, None, int(preprocess.pad["input_ids"]), ends,
                  kind in _LANGUAGE_BEHIND)
     if not ends:
-      raise errors.UserError(f"{preprocess.info.folder}: config.json has no eos_token_id, the token "
-                             "that ends a text")
+      raise errors.UserError(f"{preprocess.info.folder}: config.json has no eos_token_id, the "
+                             "token that ends a text")
     if decoder_only:
       return layout
     start = hf.get("decoder_start_token_id", hf.get("pad_token_id"))
@@ -125,8 +125,8 @@ class Pairs:
     """Returns what the loss reads: int32 arrays.
 
     Encoder-decoders: input_ids and attention_mask of the source, and `labels` (tokens,) of the
-    target. Decoder-only: input_ids and attention_mask of both, and `prompt` (), how many of them are
-    the source's.
+    target. Decoder-only: input_ids and attention_mask of both, and `prompt` (), how many of them
+    are the source's.
 
     Raises:
       RowError: an empty source or target, or one that is too long.

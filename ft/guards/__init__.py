@@ -40,6 +40,7 @@ class Evidence:
     metrics: outputs -> dict of metrics.
     value: outputs -> the selection metric alone; it is resampled where the metric is no mean of
       scores, and should then be cheap. Without it `metrics` is used.
+    count: outputs -> how many rows the metric is of; None: all of them.
     extra: names of the splits beyond test that were never trained on, in display order.
     cost: see `ft/guards/cost.py`.
   """
@@ -52,6 +53,7 @@ class Evidence:
   score: collections.abc.Callable | None = None
   metrics: collections.abc.Callable | None = None
   value: collections.abc.Callable | None = None
+  count: collections.abc.Callable | None = None
   extra: tuple[str, ...] = ()
   cost: dict = dataclasses.field(default_factory=dict)
 

@@ -86,7 +86,7 @@ def results(evidence, resamples=1000):
   for split, rows in evidence.outputs.items():
     table[split] = {}
     for name, outputs in rows.items():
-      entry = {"metrics": dict(evidence.metrics(outputs)), "n": _count(outputs)}
+      entry = {"metrics": dict(evidence.metrics(outputs)), "n": _judged(evidence, outputs)}
       lo, hi = _interval(evidence, outputs, resamples)
       entry["interval"] = {evidence.metric: [lo, hi]}
       if evidence.score is not None:
@@ -115,7 +115,7 @@ def differences(evidence, resamples=1000):
       difference, lo, hi = _paired(evidence, tuned, outputs, resamples)
       table.setdefault(split, {})[f"{guards.TUNED} - {name}"] = {
           "metric": evidence.metric, "difference": difference, "lo": lo, "hi": hi,
-          "n": _count(tuned), "verdict": judge(lo, hi, evidence.mode)}
+          "n": _judged(evidence, tuned), "verdict": judge(lo, hi, evidence.mode)}
   return table
 
 
@@ -147,6 +147,11 @@ def _unit(metric):
 def _count(outputs):
   """How many rows the outputs (arrays that share their first axis) are of."""
   return len(next(iter(outputs.values())))
+
+
+def _judged(evidence, outputs):
+  """How many rows the metric is of."""
+  return _count(outputs) if evidence.count is None else evidence.count(outputs)
 
 
 def _decomposes(evidence, outputs):

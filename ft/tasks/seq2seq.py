@@ -34,7 +34,8 @@ KEYS = {
              ["nats_per_token", "bleu", "chrf", "rouge1", "rouge2", "rouge_l"]),
   "scores": (("bleu", "chrf", "rouge"), "what written texts are scored by: bleu, chrf, rouge",
              "list"),
-  "bleu_tokenizer": ("13a", "sacrebleu's tokenizer for BLEU", ["13a", "intl", "char", "zh", "none"]),
+  "bleu_tokenizer": ("13a", "sacrebleu's tokenizer for BLEU",
+                     ["13a", "intl", "char", "zh", "none"]),
   "rouge_stemming": (True, "whether ROUGE compares stems of English words"),
   "glossary": ("", "file of lines `source term<TAB>target term`, which texts should keep"),
   "lead": (0, "baseline of the source's first sentences; 0: the source as it is", (0, None)),
@@ -236,6 +237,12 @@ class Task(lm.Task):
     if "generated" not in outputs:
       return float("nan")
     return self._measures.value(self.judged[0], _chosen(outputs))
+
+  def count(self, outputs: dict) -> int:
+    """Returns how many rows the metric that verdicts are about is of."""
+    if self._written:
+      return int(np.sum(outputs.get("generated", 0)))
+    return len(next(iter(outputs.values())))
 
   def baselines(self, features: dict) -> dict:
     """Returns what no fine-tuning gets: the pretrained model, and the source or its beginning.

@@ -1,9 +1,6 @@
-"""Text to text: losses and texts against transformers, layouts, bad input, a run to its end."""
+"""Text to text: losses and texts against transformers, layouts, bad input."""
 
 import json
-import os
-import subprocess
-import sys
 import types
 
 import jax
@@ -17,7 +14,6 @@ from ft.data import loader as loaders
 from ft.data import text
 from ft.tasks import seq2seq
 
-ROOT = __file__.rpartition("/tests/")[0]
 WORDS = text_models.WORDS
 PAIRS = [("the film is good", "it is great"), ("a dull plot", "grim"),
          ("it was slow the plot was bad", "the film was slow it is bad"), ("good", "good film")]
@@ -67,6 +63,15 @@ def tiny(request, tmp_path_factory):
   folder = tmp_path_factory.mktemp(request.param)
   model = text_models.export(folder, request.param, template=request.param == "llama")
   return request.param, folder, model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+  made = {}
+  for kind in ("m2m_100", "marian", "llama"):
+    made[kind] = tmp_path_factory.mktemp(kind)
+    text_models.export(made[kind], kind, template=kind == "llama")
+  return made
 
 
 def reference(kind, folder):
@@ -121,8 +126,9 @@ def test_loss_equals_transformers(tiny):
   assert made.metrics(real)["nats_per_token"] == pytest.approx(want, abs=1e-4)
 
 
-def test_smoothing_is_in_the_loss_alone(tiny):
-  _, folder, model = tiny
+def test_smoothing_is_in_the_loss_alone(folders):
+  folder = folders["llama"]
+  model = models.load(str(folder), head="lm")
   rows, apply = batch(task(folder)), call(model.module)
   plain, smooth = (jax.jit(lambda v, t=t: t.loss(apply, v, rows, None))(model.variables)
                    for t in (task(folder), task(folder, label_smoothing=0.2)))
@@ -157,8 +163,9 @@ def test_texts_equal_transformers(tiny, beams):
   assert len(set(want)) > 1
 
 
-def test_predict_writes_the_same_text(tiny, tmp_path):
-  kind, folder, model = tiny
+def test_predict_writes_the_same_text(folders, tmp_path):
+  folder = folders["marian"]
+  model = models.load(str(folder), head="lm")
   made = task(folder)
   files = {**model.files, "ft.json": json.dumps({
     "modality": "text", "preprocess": made.preprocess.spec(), "calibration": {},
@@ -176,15 +183,6 @@ def test_predict_writes_the_same_text(tiny, tmp_path):
 
 
 # ---- Layouts ----
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-  made = {}
-  for kind in ("m2m_100", "marian", "llama"):
-    made[kind] = tmp_path_factory.mktemp(kind)
-    text_models.export(made[kind], kind, template=kind == "llama")
-  return made
 
 
 def test_languages_stand_before_texts_and_are_forced(folders):
@@ -224,7 +222,8 @@ def test_the_source_is_cut_and_the_prefix_is_not(folders, side, want):
 
 def test_a_decoders_source_leaves_room_for_the_target(folders):
   made = task(folders["llama"], max_target=4, data={"max_length": 12})
-  example = made.example({"text": "the film is slow the plot was bad it", "target": "a bad film it is"})
+  example = made.example({"text": "the film is slow the plot was bad it",
+                          "target": "a bad film it is"})
   assert example["input_ids"].tolist() == encoded(
     "<user> the film is slow the <end> <bot> a bad film <end>")
   assert int(example["prompt"]) == 8
@@ -268,93 +267,7 @@ def test_rows_and_configs_that_do_not_fit(folders):
     task(folders["marian"], data={"max_length": 65})
 
 
-# ---- A run ----
-
-
-def script(folder, name, *flags, devices=1, status=0, stdin=None):
-  done = subprocess.run(
-    [sys.executable, f"scripts/{name}.py", *flags], cwd=ROOT, text=True, capture_output=True,
-    timeout=300, input=stdin, env={
-      **os.environ, "JAX_PLATFORMS": "cpu", "FT_CACHE": str(folder / "cache"),
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"})
-  assert done.returncode == status, done.stderr[-3000:]
-  return done
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-  """A finished run that learns to copy words, from two files of parallel lines."""
-  folder = tmp_path_factory.mktemp("run")
-  text_models.export(folder / "marian", "marian", scale=0.3)
-  rng = np.random.default_rng(0)
-  lines = [" ".join(rng.choice(WORDS[9:], rng.integers(2, 5))) for _ in range(90)]
-  (folder / "all.en").write_text("\n".join(lines) + "\n")
-  (folder / "all.de").write_text("\n".join(lines) + "\n")
-  (folder / "short.de").write_text("\n".join(lines[:-1]) + "\n")
-  (folder / "tiny.py").write_text(f"""
-def get_config():
-  return dict(
-    model=dict(source={str(folder / 'marian')!r}),
-    data=dict(train="{folder}/all.en,{folder}/all.de", max_length=16, buckets=(8,)),
-    task=dict(name="seq2seq", metric="chrf", max_target=8, generate_rows=12),
-    optim=dict(rate=1e-2), guard=dict(overfit=dict(resamples=100)),
-    train=dict(batch=8, steps=12, eval_every=6, log_every=5, train_sample=8),
-  )
-""")
-  script(folder, "train", f"--config={folder / 'tiny.py'}", f"--workdir={folder / 'out'}")
-  return folder
-
-
-def test_a_run_writes_texts_and_judges_them(run):
-  out = run / "out"
-  card = json.loads((out / "card.json").read_text())
-  assert card["task"]["metric"] == "chrf" and card["best"]["metric"] == "nats_per_token"
-  assert "nrefs:1" in card["task"]["signatures"]["bleu"]
-  test = card["results"]["test"]
-  assert set(test) == {"zero-shot", "copy-source", "fine-tuned"}
-  assert test["copy-source"]["metrics"]["chrf"] == pytest.approx(100)  # the target is the source
-  lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-  of_test = [line for line in lines if line["split"] == "test"]
-  assert len(of_test) == len({line["where"] for line in of_test}) == 12
-  import sacrebleu
-  for name in ("zero-shot", "fine-tuned"):
-    said, wanted = zip(*((s["answers"][name], s["target"]) for s in of_test), strict=True)
-    for metric, score in (("bleu", sacrebleu.BLEU()), ("chrf", sacrebleu.CHRF())):
-      assert test[name]["metrics"][metric] == pytest.approx(
-        score.corpus_score(said, [wanted]).score, abs=1e-9)
-    low, high = test[name]["interval"]["chrf"]
-    assert low <= test[name]["metrics"]["chrf"] <= high
-  assert set(card["differences"]["test"]) == {"fine-tuned - zero-shot", "fine-tuned - copy-source"}
-  assert card["samples"] == of_test[:5]
-  assert of_test[0]["source"] in (out / "card.html").read_text()
-  assert not (out / "answers.npz").exists()
-
-
-def test_the_same_texts_on_several_devices(run):
-  script(run, "train", f"--config={run / 'tiny.py'}", f"--workdir={run / 'two'}", devices=2)
-  one, two = ([json.loads(line) for line in (run / name / "samples.jsonl").read_text().splitlines()]
-              for name in ("out", "two"))
-  assert [line["where"] for line in one] == [line["where"] for line in two]
-  untuned = [[line["answers"]["zero-shot"] for line in lines if line["split"] == "test"]
-             for lines in (one, two)]
-  assert untuned[0] == untuned[1] and len(set(untuned[0])) > 1
-
-
-def test_predict_and_evaluate_a_run(run):
-  done = script(run, "predict", f"--run={run / 'out'}", "--input=-", stdin="the film\n\n")
-  first, second = map(json.loads, done.stdout.splitlines())
-  assert isinstance(first["text"], str) and "error" in second
-  found = json.loads(script(run, "evaluate", f"--run={run / 'out'}",
-                            f"--data={run}/all.en,{run}/all.de[:20]").stdout)
-  assert found["n"] == 20 and np.isfinite(found["metrics"]["chrf"])
-  low, high = found["interval"]["chrf"]
-  assert low <= found["metrics"]["chrf"] <= high
-
-
-def test_files_of_different_length(run):
-  done = script(run, "train", f"--config={run / 'tiny.py'}", f"--workdir={run / 'bad'}",
-                f"--config.data.train={run}/all.en,{run}/short.de", status=2)
-  assert "all.en has 90 lines" in done.stderr and "short.de has 89" in done.stderr
+# ---- Baselines ----
 
 
 def test_statistics_give_the_lead_baseline(folders):

@@ -11,8 +11,8 @@ from ft.weights import names
 
 WORDS = ("<pad> </s> <unk> <s> <user> <bot> <end> <en> <de> a bad bright dull film good great grim "
          "is it plot slow the was do sum").split()
-TEMPLATE = ("{% for m in messages %}{{ '<user>' if m.role == 'user' else '<bot>' }} {{ m.content }} "
-            "<end>\n{% endfor %}{% if add_generation_prompt %}<bot> {% endif %}")
+TEMPLATE = ("{% for m in messages %}{{ '<user>' if m.role == 'user' else '<bot>' }} "
+            "{{ m.content }} <end>\n{% endfor %}{% if add_generation_prompt %}<bot> {% endif %}")
 
 
 def tokenizer(ends: bool = True, template: bool = False) -> dict:
