@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from ft import config as config_lib
-from ft import errors, evaluate, guards, predict
+from ft import errors, evaluate, generation, guards, predict
 from ft.data import loader as loaders
 from ft.data import sources
 from ft.guards import overfit
@@ -23,9 +23,17 @@ def judge(run, source: str, batch: int = 32) -> dict:
   rows = loader(run, source, predictor)
   outputs = evaluate.run(predictor.step, predictor.state, predictor.variables, rows, dict)
   task = predictor.task
+  if generation.writes(task):
+    # Every row gets its text, and not a choice of them: that is what was asked for.
+    index = rows.examples.indices
+    prompts = loaders.Loader(generation.prompts(task, rows.examples.rows, index), batch,
+                             pad=predictor.preprocess.pad, buckets=generation.buckets(task))
+    made = evaluate.run(predictor.write, predictor.state, predictor.variables, prompts, dict)
+    outputs = generation.join(task, rows.examples.rows, outputs, made, index)
+  metric, mode = getattr(task, "judged", task.metric)
   evidence = guards.Evidence(
-    metric=task.metric[0], mode=task.metric[1], outputs={"data": {guards.TUNED: outputs}},
-    score=task.score, metrics=task.metrics, value=task.value,
+    metric=metric, mode=mode, outputs={"data": {guards.TUNED: outputs}},
+    score=task.score, metrics=task.metrics, value=task.value, count=getattr(task, "count", None),
   )
   result = overfit.results(evidence)["data"][guards.TUNED]
   return {

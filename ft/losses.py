@@ -4,6 +4,8 @@ The logits of B x T tokens over a vocabulary V are most of a small language mode
 of 2,048 tokens and 49,152 words are 1.6 GB in float32, and as much again for their gradient. Here
 they are made block by block of time, and made again in the backward pass, so that one block's
 logits are held at any moment. Blocks are cut along T: the rows stay on the devices that hold them.
+Before that, the tokens that count are moved to the front of each row, and blocks in which none
+counts are left out: of a conversation only the assistant's tokens meet the head.
 
 Shapes: B batch, T tokens, D hidden size, V vocabulary. A `head` is a function (B, t, D) -> logits
 (B, t, V); losses are float32, whatever it computes in.
@@ -15,6 +17,8 @@ import jax
 import jax.numpy as jnp
 
 BLOCK = 1 << 24  # most logits held at once: 64 MiB of float32
+_FINE = 128  # tokens of all rows that a block has at least, where blocks are cut to be left out
+_PARTS = 8  # blocks that are cut so
 
 
 def blocks(function: Callable, arrays, size: int):
@@ -70,8 +74,8 @@ def cross_entropy(head: Callable, hidden, targets, weights, smoothing: float = 0
       (1 - smoothing) * nll + smoothing * (norm - logits.mean(-1)))
     return {"loss": jnp.sum(loss * weights, -1), "nll": jnp.sum(nll * weights, -1)}
 
-  weights = weights.astype(jnp.float32)
-  return blocks(function, (hidden, targets, weights), _size(head, hidden, block))
+  arrays = hidden, targets, weights.astype(jnp.float32)
+  return _counted(function, arrays, _size(head, hidden, block))
 
 
 def divergence(head: Callable, base_head: Callable, hidden, base_hidden, weights,
@@ -103,10 +107,35 @@ def divergence(head: Callable, base_head: Callable, hidden, base_hidden, weights
     return jnp.sum(jnp.sum(jnp.exp(known) * apart, -1) * weights, -1) * temperature**2
 
   arrays = hidden, base_hidden, weights.astype(jnp.float32)
-  return blocks(function, arrays, _size(head, hidden, block))
+  return _counted(function, arrays, _size(head, hidden, block))
+
+
+def _counted(function: Callable, arrays, size: int):
+  """Returns `blocks` over the tokens that count, where there are several blocks.
+
+  Args:
+    function: as `blocks` takes it; it gives zeros where no token counts.
+    arrays: tuple of (B, T, …), the weights last.
+    size: most time steps in a block.
+  """
+  if arrays[-1].shape[1] <= size:
+    return function(arrays, 0)
+  order = jnp.argsort(arrays[-1] == 0, axis=1, stable=True)
+  arrays = jax.tree.map(lambda x: jax.vmap(lambda row, at: row[at])(x, order), arrays)
+
+  def unless_empty(arrays, number):
+    shapes = jax.eval_shape(function, arrays, number)
+    nothing = lambda *_: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)  # noqa: E731
+    return jax.lax.cond(jnp.any(arrays[-1] != 0), function, nothing, arrays, number)
+
+  return blocks(unless_empty, arrays, size)
 
 
 def _size(head: Callable, hidden, block: int) -> int:
   """How many time steps' logits a block may hold."""
   rows, vocabulary = hidden.shape[0], jax.eval_shape(head, hidden[:, :1], 0).shape[-1]
-  return max(1, block // (rows * vocabulary))
+  most = max(1, block // (rows * vocabulary))
+  if hidden.shape[1] * rows * vocabulary <= block // 4:  # little to gain
+    return most
+  fine = max(-(-hidden.shape[1] // _PARTS), -(-_FINE // rows))
+  return min(most, fine)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import jax
 import numpy as np
 
-from ft import errors, models, state
+from ft import errors, generation, models, state
 from ft.data import loader as loaders
 from ft.tune import saving
 
@@ -25,19 +25,21 @@ class Predictor:
 
   def __init__(self, folder, batch: int = 32):
     self.folder = exported(pathlib.Path(folder))
-    spec = json.loads((self.folder / "ft.json").read_text())
-    modality = importlib.import_module(f"ft.data.{spec['modality']}")
-    self.preprocess = modality.Preprocess.from_spec(spec["preprocess"], self.folder)
+    spec, self.preprocess = description(self.folder)
     task = importlib.import_module(f"ft.tasks.{spec['task']['name']}")
     self.task = task.Task.from_spec(spec["task"], self.preprocess)
     self.calibration = spec["calibration"]
     self.batch = batch
     self.rows = self.preprocess.read_rows
     self.state = state.State(None, None, {}, {}, None, None)
-    apply, self.variables = _load(self.folder)
-    self.step = state.make_predict_step(
-      self.task.predict, apply, lambda frozen, trainable: frozen
-    )
+    apply, pretrained, interceptor, self.variables = load(self.folder)
+    combine = lambda frozen, trainable: frozen  # noqa: E731
+    self.step = state.make_predict_step(self.task.predict, apply, combine)
+    self._example = getattr(self.task, "unlabelled", self.preprocess)
+    self.write, self._buckets = None, self.preprocess.buckets
+    if generation.writes(self.task):
+      self.write = generation.make_step(self.task, pretrained, combine, interceptor)
+      self._example, self._buckets = self.task.prompt, generation.buckets(self.task)
 
   def __call__(self, rows: Iterable) -> Iterator[dict]:
     """Yields one JSON-able dict a row, in order, as soon as its batch is full.
@@ -62,17 +64,17 @@ class Predictor:
         if isinstance(row, errors.RowError):
           raise row
         answers[place] = {"id": row["id"]} if "id" in row else {}
-        examples.append(self.preprocess(row))
+        examples.append(self._example(row))
         where.append(place)
       except errors.RowError as error:
         answers[place] = {**(answers[place] or {}), "error": str(error)}
     for part in _alike(examples, self.preprocess.pad):
       chosen = loaders.from_examples([examples[i] for i in part], self.preprocess)
       loader = loaders.Loader(
-        chosen, self.batch, pad=self.preprocess.pad, buckets=self.preprocess.buckets
+        chosen, self.batch, pad=self.preprocess.pad, buckets=self._buckets
       )
       for batch in loader.iterate():
-        outputs = jax.device_get(self.step({}, {}, self.variables, batch))
+        outputs = jax.device_get((self.write or self.step)({}, {}, self.variables, batch))
         for at, index in enumerate(outputs["index"]):
           if index >= 0:
             one = {key: np.asarray(value[at]) for key, value in outputs.items()}
@@ -95,14 +97,21 @@ def exported(folder: pathlib.Path) -> pathlib.Path:
   )
 
 
-def _load(folder: pathlib.Path):
-  """Returns (apply, variables) of an exported model or of an adapter and its base."""
+def description(folder: pathlib.Path) -> tuple:
+  """Returns what ft.json of an exported model says, and the preprocessing it was tuned with."""
+  spec = json.loads((folder / "ft.json").read_text())
+  modality = importlib.import_module(f"ft.data.{spec['modality']}")
+  return spec, modality.Preprocess.from_spec(spec["preprocess"], folder)
+
+
+def load(folder: pathlib.Path):
+  """Returns (apply, model, interceptor, variables) of an exported model, or of adapter and base."""
   if not saving.is_adapter(folder):
     pretrained = models.load(str(folder))
-    return state.make_apply(pretrained.module), pretrained.variables
+    return state.make_apply(pretrained.module), pretrained, None, pretrained.variables
   pretrained, tuned, trainable = saving.load(folder)
   apply = state.make_apply(pretrained.module, tuned.interceptor, tuned.around)
-  return apply, tuned.combine(tuned.frozen, trainable)
+  return apply, pretrained, tuned.interceptor, tuned.combine(tuned.frozen, trainable)
 
 
 def _alike(examples: list[dict], pad: dict) -> list[list[int]]:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from ft import card, evaluate, guards, logs, mesh, models, tune
+from ft import card, evaluate, generation, guards, logs, mesh, models, tune
 from ft import config as config_lib
 from ft.guards import overfit
 from ft.tune import saving
@@ -65,14 +65,16 @@ def conclude(
     host: what the loop recorded.
     tradeoff: what `averaging.sweep` measured.
   """
-  metric, mode = run.task.metric
+  metric, mode = getattr(run.task, "judged", run.task.metric)
   rows = {
-    split: {**{name: of[split] for name, of in (baseline or {}).items()}, guards.TUNED: out}
+    split: {**{name: of[split] for name, of in (baseline or {}).items() if split in of},
+            guards.TUNED: out}
     for split, out in outputs.items()
   }
   evidence = guards.Evidence(
-    metric=metric, mode=mode, history=host["history"], outputs=rows, score=run.task.score,
-    metrics=run.task.metrics, value=run.task.value,
+    metric=metric, mode=mode, selection=run.task.metric, history=host["history"], outputs=rows,
+    score=run.task.score,
+    metrics=run.task.metrics, value=run.task.value, count=getattr(run.task, "count", None),
     extra=tuple(name for name in outputs if name not in ("validation", "test")),
   )
   resamples = run.config.guard.overfit.resamples
@@ -92,7 +94,7 @@ def conclude(
     "model": describe_model(run, tuned),
     "task": {"name": run.config.task.name, "metric": metric, **run.task.describe_task()},
     "history": host["history"],
-    "best": {"step": host["best_step"], "metric": metric, "value": host["best"]},
+    "best": {"step": host["best_step"], "metric": run.task.metric[0], "value": host["best"]},
     "results": results,
     "differences": differences,
     **run.task.evidence(outputs, calibration),
@@ -100,6 +102,7 @@ def conclude(
     "guards": found,
     "cost": found["cost"]["numbers"],
     "tradeoff": list(tradeoff),
+    "samples": generation.samples(run, rows, writer),
   }
   if writer:
     card.write(record, run.folder)

@@ -22,6 +22,7 @@ from ft import (
   checkpoint,
   errors,
   evaluate,
+  generation,
   logs,
   mesh,
   optim,
@@ -80,6 +81,7 @@ def train(config, folder: os.PathLike, command: str = "") -> dict | None:
     )
     logging.info("%s", tune.describe(tuned))
     averaging.check(config, tuned)
+    generation.check(run.task, tuned)
     frozen, mutable = dict(tuned.frozen), {}
     if config.model.batch_stats == "train" and "batch_stats" in frozen:
       mutable = {"batch_stats": frozen.pop("batch_stats")}
@@ -91,7 +93,8 @@ def train(config, folder: os.PathLike, command: str = "") -> dict | None:
     if config.train.baselines or only_head:
       features = extract_features(run, examples, frozen, mutable, tuned)
     if config.train.baselines:
-      baseline = run.task.baselines(features)
+      known = generation.before(run, examples, features, frozen, mutable, tuned)
+      baseline = run.task.baselines(known)
     run.lap("baselines")
     if only_head and not run.preprocess.augments:
       examples = {name: loaders.from_arrays(arrays) for name, arrays in features.items()}
@@ -136,6 +139,7 @@ def train(config, folder: os.PathLike, command: str = "") -> dict | None:
       name: evaluate.run(final.predict, final.state, final.frozen, load[name], run.place, poll)
       for name in load if name not in ("train", "train_sample")
     }
+    outputs = generation.after(run, examples, outputs, final)
     run.lap("final evaluation")
     calibration = run.task.calibrate(outputs["validation"])
     if config.train.export:

@@ -3,6 +3,7 @@
     python scripts/bench.py step [--rows=minilm,efficientnet-lite0] [--rounds=9] [--json]
     python scripts/bench.py generate | load | compile
     python scripts/bench.py methods [--rows=full,lora] [--data=DIR] [--keep=FILE]
+    python scripts/bench.py packing [--data=DIR]
 
 step: one training step (forward, backward, AdamW), float32, dropout on, the same batch on both
 sides. Both take turns in one process; median and range of the rounds are printed, and the peak
@@ -13,7 +14,9 @@ compile: trace and compilation of SmolLM2-135M's training step (30 layers, AdamW
 with model.scan.
 methods: every way to tune on one small real problem, see bench_methods.py; with --keep the rows are
 added to a file, and those it has are not measured again.
-All but `compile` and `methods` compare with torch and transformers: they need the extra `test`.
+packing: tokens a second of packed and of padded rows of conversations, see bench_packing.py.
+All but `compile`, `methods` and `packing` compare with torch and transformers: they need the extra
+`test`.
 """
 
 import importlib.util
@@ -34,7 +37,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_list("rows", [], "rows of the table; empty: all of them")
 flags.DEFINE_integer("rounds", 9, "timed steps a side", lower_bound=1)
 flags.DEFINE_bool("json", False, "print JSON in place of a Markdown table")
-flags.DEFINE_string("data", "../shared/data", "methods: folder with the two data sets")
+flags.DEFINE_string("data", "../shared/data", "methods, packing: folder with the data sets")
 flags.DEFINE_string("keep", "", "methods: file of results, added to")
 flags.DEFINE_bool("memory", True, "measure peak memory too")
 
@@ -331,6 +334,20 @@ def methods_table(results):
   return methods.table(results)
 
 
+def bench_packing():
+  """Times packed and padded rows; see bench_packing.py."""
+  import bench_packing as packing
+
+  return packing.measure(FLAGS.data, FLAGS.rounds, alternate)
+
+
+def packing_table(results):
+  """Returns the results of `packing` as a Markdown table."""
+  import bench_packing as packing
+
+  return packing.table(results)
+
+
 def seconds_table(results):
   """Returns seconds of two sides as a Markdown table."""
   first, second = results[0]["times"]
@@ -406,7 +423,8 @@ def machine():
 # Subcommand -> (what measures, what makes a table of it).
 COMMANDS = {"step": (bench_step, step_table), "generate": (bench_generate, generate_table),
             "load": (bench_load, seconds_table), "compile": (bench_compile, seconds_table),
-            "methods": (bench_methods, methods_table)}
+            "methods": (bench_methods, methods_table),
+            "packing": (bench_packing, packing_table)}
 
 
 def main(argv):

@@ -119,3 +119,22 @@ def test_memory_does_not_hold_the_logits():
   logits = 4 * rows * length * words
   assert peak(logits) >= logits  # in one piece they are all there
   assert peak(block) < logits / 4
+
+
+def test_tokens_that_do_not_count_never_meet_the_head():
+  hidden, kernel, targets, weights = inputs()
+  weights[:] = 0
+  weights[0, [1, 9]], weights[1, 4], weights[2, [0, 5, 10]] = 1, 0.5, 1
+  met = []
+
+  def head(hidden, number):
+    jax.debug.callback(lambda x: met.append(np.asarray(x)), hidden)
+    return hidden @ kernel
+
+  found = jax.jit(lambda w: losses.cross_entropy(head, hidden, targets, w, block=2 * ROWS * WORDS)[
+    "loss"])(weights)
+  jax.effects_barrier()
+  np.testing.assert_allclose(found, plain(hidden, kernel, targets, weights), rtol=1e-5)
+  assert len(met) == 2  # of six blocks of two steps: the longest row has three tokens that count
+  seen = {row.tobytes() for block in met for row in block.reshape(-1, WIDTH)}
+  assert {hidden[place].tobytes() for place in zip(*np.nonzero(weights), strict=True)} <= seen

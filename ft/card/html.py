@@ -6,7 +6,7 @@ Every section is always there; what a run did not record is said in its place.
 import math
 
 from ft import stats
-from ft.card import charts, words
+from ft.card import charts, samples, words
 from ft.card import elements as el
 from ft.card.markup import h, join, name
 from ft.guards import cost
@@ -22,6 +22,7 @@ def page(record):
   """The card of one valid, normalised record as a whole HTML document (str)."""
   sections = [("verdict", "Verdict", _verdict), ("results", "Results", _results),
               ("learning", "Learning curves", _learning), ("errors", "Where it errs", _errors),
+              ("samples", "Samples", samples.section),
               ("calibration", "Calibration", _calibration), ("data", "Data", _data),
               ("trained", "What was trained", _trained), ("loading", "What was loaded", _loading),
               ("cost", "Cost", _cost), ("reproduce", "Reproduce", _reproduce)]
@@ -95,7 +96,8 @@ def _results(record):
 
 def _tradeoff(record):
   """Curves between pretrained and tuned weights, a panel a split, where a run measured them."""
-  rows, metric = record.get("tradeoff") or [], record["task"]["metric"]
+  rows = record.get("tradeoff") or []
+  metric = (record.get("best") or {}).get("metric", record["task"]["metric"])
   if not rows:
     return None
   chosen = next(row["alpha"] for row in rows if row["chosen"])
@@ -153,8 +155,8 @@ def _more_metrics(record):
 
 
 def _learning(record):
-  metric, history = record["task"]["metric"], record.get("history") or []
-  best = record.get("best") or {}
+  history, best = record.get("history") or [], record.get("best") or {}
+  metric = best.get("metric", record["task"]["metric"])
   mark = (best["step"], f"kept: {best['step']:,}") if "step" in best else None
   kinds = {"loss": ("loss", "log_loss"), metric: (metric,)}
   panels = [_learning_panel(history, label, keys, mark) for label, keys in kinds.items()]
@@ -163,9 +165,8 @@ def _learning(record):
     return None
   kept = None
   if mark:
-    chosen = best.get("metric", metric)
     kept = h("p", f"The checkpoint of step {best['step']:,} was kept, where validation "
-             f"{words.metric_name(chosen)} was best ({words.number(best.get('value'), chosen)}).",
+             f"{words.metric_name(metric)} was best ({words.number(best.get('value'), metric)}).",
              cls="soft")
   return join([h("div", panels, cls="figures"), kept])
 

@@ -37,6 +37,7 @@ FIELDS = (
     ("task.name", "str!", "kind of problem, e.g. classify"),
     ("task.metric", "str!", "the metric that selection and verdicts are about"),
     ("task.mode", "str", "max (default) or min: what is better"),
+    ("task.signatures", "dict", "score of texts -> how its library says it was computed"),
     ("task.labels", "list[str]", "label names by class index"),
     ("history", "list[dict]", "a dict a log point: step, train/loss, validation/accuracy, …"),
     ("best.step", "int", "step whose parameters were kept"),
@@ -63,6 +64,7 @@ FIELDS = (
     ("guards.*.numbers", "dict", "the numbers behind it"),
     ("cost", "dict", "numbers of the cost guard: phases, compile_seconds, peak_host_bytes, …"),
     ("tradeoff", "list[dict]", "of average.wise: alpha, chosen, values: split -> metric"),
+    ("samples", "list[dict]", "texts written for rows of test: where, what to compare, answers"),
     ("missing", "dict", "path of a null number -> why it has no value"),
 )
 

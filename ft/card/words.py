@@ -7,7 +7,9 @@ from ft.guards import overfit
 
 _ORDER = ("gained", "did not gain", "lost", "not measured")
 METRICS = {"macro_f1": "macro-F1", "auroc": "AUROC", "log_loss": "log-loss", "ece": "ECE",
-           "nats_per_token": "nats/token", "bits_per_byte": "bits/byte"}
+           "nats_per_token": "nats/token", "bits_per_byte": "bits/byte",
+           "bleu": "BLEU", "chrf": "chrF", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2",
+           "rouge_l": "ROUGE-L"}
 
 
 def row_name(name):

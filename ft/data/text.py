@@ -46,6 +46,8 @@ class Preprocess:
   Attributes:
     pad: key -> value that fills a batch up.
     buckets: lengths to pad to, the last one is max_length.
+    info: what models.inspect said; of a finished run folder and hf_config only.
+    tokenizer: a tokenizers.Tokenizer, which cuts at max_length where truncation says so.
     counts: {"truncated": examples that were cut, "too_long": examples refused for their length}.
     augments: False.
 
@@ -58,9 +60,10 @@ class Preprocess:
   def __init__(self, config, info):
     self.max_length, self.truncation = int(config.max_length), config.truncation
     self.columns = {r: c for r, c in (getattr(config, "columns", None) or {}).items()
-                    if r in ("text", "text_b")}
+                    if r in ("text", "text_b", "turns")}
     self.counts = {"truncated": 0, "too_long": 0}
     self._stops = config.truncation == "error"
+    self.info = info
     self._tokenizer, settings = _load_tokenizer(info.folder)
     self._special = {i: token.content for i, token in
                      self._tokenizer.get_added_tokens_decoder().items() if token.special}
@@ -82,15 +85,76 @@ class Preprocess:
   def encode(self, row: dict) -> tuple:
     """Returns (text, tokenizers.Encoding) of a row; see `__call__`."""
     text, encoding = self._encode(row)
+    return text, self._fitting(text, encoding)
+
+  def encode_turns(self, row: dict) -> tuple:
+    """Returns (text, Encoding, mask (T,)) of a row with turns; see `__call__`.
+
+    The mask is 1 for the tokens that a reply of the assistant consists of: its text and what ends
+    it, not the header before it.
+
+    Raises:
+      UserError: the checkpoint has no chat template, or its template fails; see `turns.Renderer`.
+    """
+    if self._render is None:
+      raise errors.UserError(
+          f"{self.info.folder}: this checkpoint has no chat template; put the one it was trained "
+          "with into chat_template.jinja beside its tokenizer")
+    text, spans = self._render.spans(self.messages(row))
+    encoding = self._fitting(text, self._tokens(text, None, special=False))
+    spans = turns.spoken(text, spans, tuple(self._special.values()))
+    return text, encoding, turns.token_mask(encoding.offsets, spans)
+
+  def _fitting(self, text: str, encoding):
+    """Returns the encoding of a text; counts one that was cut, refuses one that is too long."""
     too_long = len(encoding.ids) > self.max_length
-    if too_long or encoding.overflowing:
-      with _COUNT_LOCK:
-        self.counts["too_long" if too_long else "truncated"] += 1
     if too_long:
-      message = (f"{len(encoding.ids)} tokens, more than data.max_length={self.max_length}: "
-                 f"{text[:60]!r}…")
-      raise errors.UserError(message) if self._stops else errors.RowError(message)
-    return text, encoding
+      raise self.too_long(f"{len(encoding.ids)} tokens, more than data.max_length="
+                          f"{self.max_length}: {text[:60]!r}…")
+    if encoding.overflowing:
+      self.count("truncated")
+    return encoding
+
+  def messages(self, row: dict) -> list[dict[str, str]]:
+    """Returns the turns of a row as messages; see `turns.messages`."""
+    return turns.messages(row.get("turns"), self._speakers)
+
+  def count(self, what: str) -> None:
+    """Counts an example under a name that the log and the card show."""
+    with _COUNT_LOCK:
+      self.counts[what] = self.counts.get(what, 0) + 1
+
+  def too_long(self, message: str) -> Exception:
+    """Counts an example that is refused for its length, and returns the error to raise."""
+    self.count("too_long")
+    return errors.UserError(message) if self._stops else errors.RowError(message)
+
+  @property
+  def positions(self) -> int:
+    """How many tokens the model has positions for."""
+    return _positions(self.info.hf_config or {})
+
+  @property
+  def tokenizer(self):
+    """The tokenizer, as the attributes say."""
+    return self._tokenizer
+
+  def chat(self, messages: list[dict], answer_next: bool = False) -> str | None:
+    """Returns messages as the checkpoint's chat template writes them; None where it has none.
+
+    Args:
+      messages: see `turns.messages`.
+      answer_next: whether the head of the assistant's next turn follows.
+    """
+    return self._render and self._render(messages, answer_next)
+
+  def ending(self) -> str:
+    """Returns what the chat template writes behind an answer, less white space; "" without one."""
+    question, answer = {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}
+    opened, whole = self.chat([question], answer_next=True), self.chat([question, answer])
+    if opened is None or not whole.startswith(opened + "y"):
+      return ""
+    return whole[len(opened) + 1:].rstrip()
 
   def arrays(self, encoding) -> dict[str, np.ndarray]:
     """Returns the example of what `encode` returned."""
@@ -128,8 +192,8 @@ class Preprocess:
     return batch
 
   def length(self, example: dict) -> int:
-    """Returns the number of tokens."""
-    return len(example["input_ids"])
+    """Returns the number of tokens, of the longest of the arrays that are filled up."""
+    return max(len(example[key]) for key in self.pad if key in example)
 
   def show(self, example: dict) -> str:
     """Returns what the model reads, special tokens included, for log and card."""
@@ -148,6 +212,8 @@ class Preprocess:
   def try_it(self, folder) -> str:
     """Returns the command that predicts on text of the user's own with the run in a folder."""
     run = shlex.quote(str(folder))
+    if "turns" in self.columns:
+      return f"python scripts/predict.py --run={run} --chat"
     return f"echo 'Your sentence here.' | python scripts/predict.py --run={run} --input=-"
 
   def spec(self) -> dict:
@@ -179,18 +245,21 @@ class Preprocess:
   def _encode(self, row: dict) -> tuple:
     text, other, marked = row.get("text"), row.get("text_b"), False
     if "text" not in row and "turns" in row:
-      messages = turns.messages(row["turns"], self._speakers)
+      messages = self.messages(row)
       marked = self._render is not None
       text = self._render(messages) if marked else turns.plain(messages)
     if not isinstance(text, str) or not text.strip():
       raise errors.RowError("no text")
+    return text, self._tokens(text, other or None, special=not marked)
+
+  def _tokens(self, text: str, other: str | None, special: bool):
     try:
-      return text, self._tokenizer.encode(text, other or None, add_special_tokens=not marked)
+      return self._tokenizer.encode(text, other, add_special_tokens=special)
     except (UnicodeError, TypeError) as e:
       raise errors.RowError(f"text that cannot be tokenized: {e}") from e
 
   def _check(self, hf_config: dict, settings: dict, folder) -> None:
-    limit = min(_positions(hf_config), int(settings.get("model_max_length") or _NO_LIMIT))
+    limit = min(self.positions, int(settings.get("model_max_length") or _NO_LIMIT))
     if self.max_length > limit:
       raise errors.UserError(f"data.max_length={self.max_length}: the model has positions for "
                              f"{limit} tokens; set it to {limit} or less.")
@@ -212,15 +281,18 @@ from_spec = Preprocess.from_spec
 def read_rows(source: str, columns: dict | None = None) -> Iterator[dict | errors.RowError]:
   """Yields {"text": …} for prediction, one at a time; a RowError for a row that is unreadable.
 
+  An object of a JSONL file, or of standard input, may have "turns" instead.
+
   Args:
     source: a CSV, TSV or JSONL file by its suffix; any other file, or "-" for standard input, has
       one text a line. A line of standard input that is a JSON object with the text is one.
-    columns: role (text, text_b) -> its column, such as `Preprocess.columns`; by default the role.
+    columns: role (text, text_b, turns) -> its column, such as `Preprocess.columns`; by default
+      each is called as its role.
 
   Raises:
     UserError: there is no such file, it is empty, or it has no column for the text.
   """
-  columns = {"text": "text", "text_b": "text_b", **(columns or {})}
+  columns = {"text": "text", "text_b": "text_b", "turns": "turns", **(columns or {})}
   if source == "-":
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     yield from _line_rows(sys.stdin, "standard input", columns)
@@ -250,7 +322,7 @@ def _object_rows(file, name: str, columns: dict):
       row = _object(line, columns)
       where = f"{name}: line {number}"
       yield _checked(row, where) if row else errors.RowError(
-          f"{where}: not a JSON object with {columns['text']!r}")
+          f"{where}: not a JSON object with {columns['text']!r} or {columns['turns']!r}")
 
 
 def _table_rows(file, name: str, columns: dict):
@@ -274,20 +346,23 @@ def _table_rows(file, name: str, columns: dict):
 
 
 def _object(line: str, columns: dict) -> dict | None:
-  """Returns the roles of a JSON object; None for a line that is none or has no text."""
+  """Returns the roles of a JSON object; None for a line that is none or has no text or turns."""
   try:
     record = json.loads(line)
   except (ValueError, RecursionError):
     return None
-  if not isinstance(record, dict) or not isinstance(record.get(columns["text"]), str):
+  if not isinstance(record, dict):
     return None
-  return {role: record[c] for role, c in columns.items() if isinstance(record.get(c), str)}
+  kinds = {role: list if role == "turns" else str for role in columns}
+  row = {role: record[c] for role, c in columns.items() if isinstance(record.get(c), kinds[role])}
+  return row if {"text", "turns"} & set(row) else None
 
 
 def _checked(row: dict, where: str) -> dict | errors.RowError:
-  if any("\ud800" <= c <= "\udfff" for text in row.values() for c in text):
+  texts = [text for text in row.values() if isinstance(text, str)]
+  if any("\ud800" <= c <= "\udfff" for text in texts for c in text):
     return errors.RowError(f"{where}: not UTF-8 text")
-  return row if row["text"].strip() else errors.RowError(f"{where}: no text")
+  return row if "turns" in row or row["text"].strip() else errors.RowError(f"{where}: no text")
 
 
 def _load_tokenizer(folder):
@@ -318,7 +393,7 @@ def _load_tokenizer(folder):
 
 def _positions(hf_config: dict) -> int:
   """Returns how many tokens the model has positions for."""
-  count = hf_config.get("max_position_embeddings") or _NO_LIMIT
+  count = hf_config.get("max_position_embeddings") or hf_config.get("n_positions") or _NO_LIMIT
   if "roberta" in hf_config.get("model_type", ""):  # its positions start after the padding's
     count -= hf_config.get("pad_token_id", 1) + 1
   return count

@@ -29,8 +29,9 @@ class Evidence:
   """What a finished run has recorded; every field may be left empty.
 
   Attributes:
-    metric: name of the selection metric, e.g. "accuracy".
+    metric: name of the metric that is judged, e.g. "accuracy".
     mode: "max" or "min", what is better.
+    selection: (name, mode) of the metric that the best step was chosen by; None: the same.
     history: one dict a log point: "step", "train/loss" (training mode), "train/<metric>"
       (evaluation mode, on a sample), "validation/<metric>", "validation/loss" or "…/log_loss".
     outputs: split -> row name ("majority", "probe", "zero-shot", "fine-tuned") -> arrays (N, …) of
@@ -39,17 +40,20 @@ class Evidence:
     metrics: outputs -> dict of metrics.
     value: outputs -> the selection metric alone; it is resampled where the metric is no mean of
       scores, and should then be cheap. Without it `metrics` is used.
+    count: outputs -> how many rows the metric is of; None: all of them.
     extra: names of the splits beyond test that were never trained on, in display order.
     cost: see `ft/guards/cost.py`.
   """
 
   metric: str = ""
   mode: str = "max"
+  selection: tuple[str, str] | None = None
   history: list[dict] = dataclasses.field(default_factory=list)
   outputs: dict[str, dict[str, dict]] = dataclasses.field(default_factory=dict)
   score: collections.abc.Callable | None = None
   metrics: collections.abc.Callable | None = None
   value: collections.abc.Callable | None = None
+  count: collections.abc.Callable | None = None
   extra: tuple[str, ...] = ()
   cost: dict = dataclasses.field(default_factory=dict)
 

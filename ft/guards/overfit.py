@@ -22,16 +22,17 @@ UNITS = {"nats_per_token": " nats/token"}
 
 def measure(config, evidence):
   """The guard; see `ft.guards`."""
-  curve = curves(evidence.history, evidence.metric, evidence.mode)
+  chosen, mode = evidence.selection or (evidence.metric, evidence.mode)
+  curve = curves(evidence.history, chosen, mode)
   compared = differences(evidence, config.resamples)
   if not curve and not compared:
     return guards.not_measured("no evaluation history and no test outputs were recorded")
   verdicts, words = [], []
   if "gap" in curve:
-    words.append(_gap_words(curve, evidence.metric))
+    words.append(_gap_words(curve, chosen))
     verdicts.append("warning" if curve["gap"] > config.gap else "ok")
   elif "best_step" in curve:
-    words.append(f"best {evidence.metric} at step {curve['best_step']}, "
+    words.append(f"best {chosen} at step {curve['best_step']}, "
                  "train metric not recorded in evaluation mode")
   for split, name, row in _headlines(compared):
     words.append(f"{split} {row['verdict']} over the {guards.NAMES.get(name, name)} "
@@ -85,7 +86,7 @@ def results(evidence, resamples=1000):
   for split, rows in evidence.outputs.items():
     table[split] = {}
     for name, outputs in rows.items():
-      entry = {"metrics": dict(evidence.metrics(outputs)), "n": _count(outputs)}
+      entry = {"metrics": dict(evidence.metrics(outputs)), "n": _judged(evidence, outputs)}
       lo, hi = _interval(evidence, outputs, resamples)
       entry["interval"] = {evidence.metric: [lo, hi]}
       if evidence.score is not None:
@@ -114,7 +115,7 @@ def differences(evidence, resamples=1000):
       difference, lo, hi = _paired(evidence, tuned, outputs, resamples)
       table.setdefault(split, {})[f"{guards.TUNED} - {name}"] = {
           "metric": evidence.metric, "difference": difference, "lo": lo, "hi": hi,
-          "n": _count(tuned), "verdict": judge(lo, hi, evidence.mode)}
+          "n": _judged(evidence, tuned), "verdict": judge(lo, hi, evidence.mode)}
   return table
 
 
@@ -146,6 +147,11 @@ def _unit(metric):
 def _count(outputs):
   """How many rows the outputs (arrays that share their first axis) are of."""
   return len(next(iter(outputs.values())))
+
+
+def _judged(evidence, outputs):
+  """How many rows the metric is of."""
+  return _count(outputs) if evidence.count is None else evidence.count(outputs)
 
 
 def _decomposes(evidence, outputs):

@@ -93,6 +93,58 @@ def generate(pretrained, inputs: dict, settings: Settings | None = None, *, rng=
   return _sequential(engine, variables, padded, real, start, rng, decode, callback, chunk)
 
 
+def program(module, settings: Settings, interceptor=None) -> Callable:
+  """Returns generation as one function of arrays, to be traced within a larger program.
+
+  It makes the tokens that `generate` makes, without a look from the host in between: for batches
+  on any number of devices and processes. Stop strings and draws need the host.
+
+  Args:
+    module: the linen module of a model with head "lm".
+    settings: see decoding.Settings.
+    interceptor: of adapters, around every apply.
+
+  Returns:
+    f(variables, inputs, prompt=None) -> (tokens (B, max_new_tokens) int32, padded behind their end;
+    how many of them count (B,)). Arguments as in `generate`; every row of inputs has a token.
+
+  Raises:
+    UserError: settings that need the host.
+  """
+  if settings.stop or settings.do_sample:
+    raise errors.UserError("generation within a program is greedy or beam search, without stop "
+                           "strings")
+
+  def run(variables, inputs, prompt=None):
+    if hasattr(module, "decode"):
+      tokens = jnp.asarray(_start(module.config, prompt, next(iter(inputs.values())).shape[0]))
+      mask, source = jnp.ones_like(tokens), inputs
+    else:
+      order = jnp.argsort(inputs["attention_mask"], axis=1, stable=True)
+      tokens, mask = (jnp.take_along_axis(inputs[key], order, 1)
+                      for key in ("input_ids", "attention_mask"))
+      source = None
+    size = tokens.shape[1]
+    engine = _Engine(module, settings, interceptor, size, size + settings.max_new_tokens)
+    room = ((0, 0), (0, settings.max_new_tokens))
+    tokens = jnp.pad(tokens, room, constant_values=settings.pad_token_id)
+    real = jnp.pad(mask, room, constant_values=1)
+    if settings.num_beams > 1:
+      sequences, _, lengths = _search(engine)(variables, tokens, real, source)
+      made, lengths = sequences[:, 0, size:], lengths[:, 0]
+    else:
+      rng = jax.random.key(0)
+      state = _begin(engine)(variables, tokens, real, source, rng)
+      state = _continue(engine)(variables, real, source, rng, jnp.int32(engine.total), state)
+      made = state[1][:, size:]
+      hit = decoding.ends(made, settings)
+      lengths = jnp.where(hit.any(1), hit.argmax(1) + 1, made.shape[1])
+    counts = jnp.arange(made.shape[1]) < lengths[:, None]
+    return jnp.where(counts, made, settings.pad_token_id), lengths
+
+  return run
+
+
 def left_padded(input_ids, attention_mask=None) -> tuple:
   """Returns (ids, mask) (B, T) with each row's real tokens at the right end, as decoding needs."""
   ids = np.asarray(input_ids, np.int32)

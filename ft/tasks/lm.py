@@ -3,7 +3,8 @@
 A row is a text, or a conversation (`turns`), which the checkpoint's chat template makes a text of;
 all of its tokens count, whoever said them. The tokenizer's own special tokens are kept and none are
 added: the first token, the beginning-of-sequence token where the tokenizer sets one, is read and
-not predicted. Longer texts are cut as data.truncation says.
+not predicted. Longer texts are cut as data.truncation says. With task.packing, a row of a training
+step holds several texts that do not see each other; evaluation takes them one by one.
 
 Shapes: B batch, T tokens, N rows of a split, V vocabulary, D hidden size. Logits (B, T, V) are
 never made as a whole, see `ft.losses`.
@@ -15,14 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ft import errors, losses
+from ft import errors, losses, models
+from ft.data import packing
 
 KEYS = {
   "label_smoothing": (0.0, "share of the target spread over the vocabulary", (0.0, 0.99)),
+  "packing": ("none", "put rows of train together in rows of data.max_length tokens",
+              ["none", "best-fit"]),
 }
 
 # What a batch holds beside the model's inputs.
-BOOKKEEPING = ("bytes", "weight", "index", "stop")
+BOOKKEEPING = ("bytes", "loss_mask", "weight", "index", "stop")
 
 
 class Task:
@@ -38,6 +42,7 @@ class Task:
     needs: roles that a row has to have beside the model's inputs: none.
     head_features: False: `features` are no head's inputs, and are not made of train.
     score: None: the metric is a ratio of sums, no mean over rows.
+    packs: whether steps go over packed rows.
   """
 
   metric = ("nats_per_token", "min")
@@ -45,6 +50,7 @@ class Task:
   needs = ()
   head_features = False
   score = None
+  packs = False
 
   def __init__(self, config, data, preprocess):
     """Makes the task of a run.
@@ -55,7 +61,7 @@ class Task:
       preprocess: the modality's, row -> example.
 
     Raises:
-      UserError: the rows are no texts, or pairs of them.
+      UserError: the rows are no texts, or pairs of them; or the model's cannot be packed.
     """
     if not {"text", "turns"} & set(data.columns):
       raise errors.UserError("task.name=lm models text, and the data has no column of that role; "
@@ -63,7 +69,23 @@ class Task:
     if "text_b" in data.columns:
       raise errors.UserError(f"task.name=lm models one text a row; column {data.columns['text_b']} "
                              "makes it a pair: give it another role, or join the two")
+    self._train_on(config, preprocess)
+
+  def _train_on(self, config, preprocess) -> None:
+    """Sets what training alone needs."""
     self.preprocess, self._smoothing = preprocess, float(config.label_smoothing)
+    self.packs = config.packing != "none"
+    if self.packs:
+      if hasattr(models.family_module(preprocess.info.family).Model, "decode"):
+        raise errors.UserError(f"task.packing={config.packing} is for decoder-only models; set it "
+                               "to none")
+      preprocess.pad = {**preprocess.pad, **dict.fromkeys(packing.KEYS_ADDED, 0)}
+
+  def training(self, examples):
+    """Returns what steps go over: the examples of train, packed where task.packing says so."""
+    if not self.packs:
+      return examples
+    return packing.pack(examples, self.preprocess.pad, self.preprocess.max_length)
 
   # Saving and restoring for prediction.
 
@@ -137,11 +159,17 @@ class Task:
     inputs = self.preprocess.finish(inputs)
     outputs = apply(variables, inputs, rng)
     if "last_hidden_state" not in outputs:
-      raise errors.UserError("task.name=lm tunes decoder-only models; this one encodes its input "
-                             "and decodes another text")
+      raise errors.UserError("this task tunes decoder-only models; this one encodes its input and "
+                             "decodes another text")
     targets = _next(inputs["input_ids"])
-    weights = _next(inputs["attention_mask"]) * batch["weight"][:, None]
+    weights = _next(self._counted(batch)) * batch["weight"][:, None]
+    if "segment_ids" in batch:  # the first token of a text does not follow from the text before
+      weights *= batch["segment_ids"] == _next(batch["segment_ids"])
     return outputs["last_hidden_state"], targets, weights.astype(jnp.float32)
+
+  def _counted(self, batch: dict):
+    """Returns (B, T), 1 for tokens that carry loss, where there is one before them."""
+    return batch["attention_mask"]
 
   # On the host, over whole splits.
 
@@ -153,7 +181,7 @@ class Task:
     Args:
       outputs: "nll", "tokens" and, for bits_per_byte, "bytes", each (N,).
     """
-    nats = self.value(outputs)
+    nats = _ratio(outputs["nll"], outputs["tokens"])
     found = {"nats_per_token": nats, "perplexity": float(np.exp(nats))}
     if "bytes" in outputs:
       found["bits_per_byte"] = _ratio(outputs["nll"], outputs["bytes"]) / float(np.log(2))

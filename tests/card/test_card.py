@@ -13,8 +13,8 @@ from card import fake_runs
 from ft import card, errors
 from ft.card import charts, compare, html, markup, schema, words
 
-SECTIONS = ("verdict", "results", "learning", "errors", "calibration", "data", "trained",
-            "loading", "cost", "reproduce")
+SECTIONS = ("verdict", "results", "learning", "errors", "samples", "calibration", "data",
+            "trained", "loading", "cost", "reproduce")
 HOSTILE = '</td></style><script>alert(1)</script><img src=x onerror="alert(2)">&amp;\u202e\x00\'"'
 VOID = {"meta", "br", "hr", "line", "circle", "polyline"}
 
@@ -150,6 +150,16 @@ def test_fingerprint_tells_rows_apart():
 # ---- The page
 
 
+def test_samples_are_shown_with_their_signatures(sentiment):
+  sample = {"split": "test", "where": "a.en: line 3", "source": "<b>one</b>", "target": "eins",
+            "answers": {"zero-shot": "x" * 3000, "fine-tuned": "ein"}}
+  task = sentiment["task"] | {"signatures": {"bleu": "nrefs:1|tok:13a"}}
+  text = page(sentiment | {"samples": [sample], "task": task})
+  assert "a.en: line 3" in text and "&lt;b&gt;one&lt;/b&gt;" in text and "nrefs:1|tok:13a" in text
+  assert "x" * 2000 + " …" in text and "x" * 2001 not in text
+  assert "samples.jsonl" not in page(sentiment)
+
+
 @pytest.mark.parametrize("make", [fake_runs.sentiment, fake_runs.intents, fake_runs.quality])
 def test_page_is_whole_and_needs_no_network(make):
   text = page(make())
@@ -195,7 +205,7 @@ def test_a_bare_record_still_has_every_section():
   text = page({"title": "Bare", "task": {"name": "classify", "metric": "accuracy"}})
   reader = Reader(text)
   assert all(f'id="{section}"' in text for section in SECTIONS)
-  assert reader.text.count("Not recorded in this run.") == 9
+  assert reader.text.count("Not recorded in this run.") == 10
   assert "gained anything on test was not measured" in reader.text
 
 

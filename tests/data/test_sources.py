@@ -53,6 +53,30 @@ def test_csv_with_quotes_over_lines(tmp_path):
   assert rows.select([3, 1])[0] == rows[3]
 
 
+def test_two_files_of_parallel_lines(tmp_path):
+  a = tmp_path / "a.en.gz"
+  a.write_bytes(gzip.compress(b"one\n\ntwo, a comma\nthree\n"))
+  b = write(tmp_path / "b.de", "eins\n\nzwei\n\n")
+  rows = sources.read(config(), f"{a}, {b}")
+  assert rows[1] == {"text": "two, a comma", "target": "zwei"}
+  assert rows[2] == {"text": "three", "target": ""}  # the task names such a row
+  assert rows.where(1) == f"{a} and {b}: line 3" and len(rows) == 3
+  assert len(sources.read(config(), f"{a},{b}[:2]")) == 2
+  short = write(tmp_path / "c.de", "eins\nzwei\n")
+  assert f"{a} has 4 lines, {short} has 2" in error(train=f"{a},{short}")
+  assert "two with a comma" in error(train=f"{a},{b},{short}")
+  assert "absent.de" in error(train=f"{a},{tmp_path}/absent.de")
+  assert "leave it empty" in error(train=f"{a},{b}", format="csv")
+
+
+def test_columns_called_source_and_target(tmp_path):
+  rows = sources.read(config(), write(tmp_path / "a.tsv", "source\ttarget\nin\tout\n"))
+  assert rows[0] == {"text": "in", "target": "out"}
+  file = write(tmp_path / "b.jsonl", json.dumps({"q": "in", "a": 7}) + "\n")
+  rows = sources.read(config(columns={"text": "q", "target": "a"}), file)
+  assert rows[0] == {"text": "in", "target": "7"}
+
+
 def test_tsv_takes_quotes_as_they_come_and_giant_fields(tmp_path):
   giant = "x" * 300_000
   path = write(tmp_path / "a.tsv", f'ham\tsay "hi\nspam\t{giant}\nham\t"ok" then\n\n')

@@ -63,8 +63,13 @@ def preprocess(folder, **given):
   return text.Preprocess(types.SimpleNamespace(**config), models.inspect(str(folder)))
 
 
+def section(**given):
+  """The config section `task` with its defaults."""
+  return config_dict.ConfigDict({key: value[0] for key, value in lm.KEYS.items()} | given)
+
+
 def task(folder, columns=("text",), smoothing=0.0, **given):
-  return lm.Task(config_dict.ConfigDict({"label_smoothing": smoothing}),
+  return lm.Task(section(label_smoothing=smoothing),
                  types.SimpleNamespace(columns=dict.fromkeys(columns, "x")),
                  preprocess(folder, **given))
 
@@ -242,8 +247,7 @@ def test_text_of_one_token_is_left_out(tmp_path):
   export(tmp_path)
   made = preprocess(tmp_path)
   made._tokenizer.post_processor = tokenizers.processors.Sequence([])  # sets no <s>
-  alone = lm.Task(config_dict.ConfigDict({"label_smoothing": 0.0}),
-                  types.SimpleNamespace(columns={"text": "text"}), made)
+  alone = lm.Task(section(), types.SimpleNamespace(columns={"text": "text"}), made)
   with pytest.raises(errors.RowError, match="nothing to predict"):
     alone.example({"text": "slow"})
 
