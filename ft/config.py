@@ -52,7 +52,8 @@ SECTIONS = {
 }
 TYPES = {"str": str, "int": int, "float": float, "dict": dict, "list": (list, tuple)}
 NOT_COMPONENTS = ("__init__", "sources", "loader", "splits", "adapters", "parts", "peft",
-                  "quantize", "saving", "turns", "blend", "lora_peft", "lora_start", "peft_reading")
+                  "quantize", "saving", "turns", "tags", "blend", "lora_peft", "lora_start",
+                  "peft_reading")
 
 
 @functools.cache

@@ -30,6 +30,7 @@ class Predictor:
     self.preprocess = modality.Preprocess.from_spec(spec["preprocess"], self.folder)
     task = importlib.import_module(f"ft.tasks.{spec['task']['name']}")
     self.task = task.Task.from_spec(spec["task"], self.preprocess)
+    self.example = getattr(self.task, "unlabelled", self.preprocess)
     self.calibration = spec["calibration"]
     self.batch = batch
     self.rows = self.preprocess.read_rows
@@ -62,7 +63,7 @@ class Predictor:
         if isinstance(row, errors.RowError):
           raise row
         answers[place] = {"id": row["id"]} if "id" in row else {}
-        examples.append(self.preprocess(row))
+        examples.append(self.example(row))
         where.append(place)
       except errors.RowError as error:
         answers[place] = {**(answers[place] or {}), "error": str(error)}

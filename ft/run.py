@@ -73,7 +73,7 @@ def prepare(config, folder, poll) -> tuple[Run, dict]:
       rows, task.example, preprocess=preprocess,
       drop_policy=config.data.drop, cache_bytes=config.data.cache_bytes,
     )
-  first = preprocess.show(examples["train"][0])
+  first = getattr(task, "show", preprocess.show)(examples["train"][0])
   logging.info("first example: %s", first)
   poll()
   pretrained = models.load_config(
@@ -86,13 +86,18 @@ def prepare(config, folder, poll) -> tuple[Run, dict]:
 
 
 def make_loaders(run: Run, examples: dict) -> dict:
-  """A shuffling loader for train, one in fixed order for every other split."""
+  """A shuffling loader for train, one in fixed order for every other split.
+
+  Where the task has `training(examples) -> examples`, the steps go over what it makes of the train
+  rows, such as pairs of them; everything else sees the rows.
+  """
   c = run.config.train
   if c.train_sample:
     sample = loaders.take(examples["train"], c.train_sample, run.config.seed)
     examples = {**examples, "train_sample": sample}
+  steps = getattr(run.task, "training", lambda part: part)
   return {
-    name: loader(run, part, c.batch, training=True) if name == "train"
+    name: loader(run, steps(part), c.batch, training=True) if name == "train"
     else loader(run, part, c.eval_batch or 2 * c.batch)
     for name, part in examples.items()
   }
@@ -126,9 +131,11 @@ def extract_features(run: Run, examples: dict, frozen, mutable, tuned) -> dict:
   step = state.make_predict_step(
     run.task.features, apply, tuned.combine, mesh.replicated(run.mesh)
   )
-  load = {name: part.in_order() for name, part in make_loaders(run, examples).items()}
-  for name in ("train_sample", *(() if run.task.head_features else ("train",))):
-    load.pop(name, None)
+  c, left_out = run.config.train, () if run.task.head_features else ("train",)
+  load = {
+    name: loader(run, part, c.batch if name == "train" else c.eval_batch or 2 * c.batch)
+    for name, part in examples.items() if name not in left_out
+  }
   return evaluate.once(
     run.folder / evaluate.FEATURES, step, untouched, frozen, load, run.place, run.poll
   )
