@@ -117,7 +117,7 @@ class Pairs:
 
 
 def side_by_side(examples: list[dict], pad: dict) -> dict:
-  """Returns one example of S: arrays (T, S), filled up to the longest, for keys of `pad`, else (S,).
+  """Returns one example of S: arrays (T, S), filled up to the longest, of keys in `pad`, else (S,).
 
   Args:
     examples: S dicts of arrays with the same keys.

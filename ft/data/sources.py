@@ -45,13 +45,14 @@ KEYS = {
     "keep_duplicates_together": (True, "whether exact duplicates never straddle carved splits"),
     "split_seed": (0, "seed of the carving, apart from the run's own seed", (0, 2147483647)),
     "per_label": (0, "most training rows of each label, for few-shot runs; 0 for all", (0, None)),
-    "unknown": ((), "labels that are never trained; the split open is test with their rows", "list"),
+    "unknown": ((), "labels that are never trained; the split open is test with their rows"),
     "limit": (0, "most rows a split keeps, for trial runs; 0 for all", (0, None)),
 }
 ROLES = ("text", "text_b", "negative", "words", "target", "turns", "label", "image", "group", "id")
 TEXTS = ("text", "text_b", "negative", "target")
 INPUTS = ("text", "text_b", "words", "turns", "image")
-MODALITY = {"text": ("text", "words", "turns"), "image": ("image",)}  # modality -> roles, one is needed
+# modality -> roles, one is needed
+MODALITY = {"text": ("text", "words", "turns"), "image": ("image",)}
 CARVED = {"validation": "validation_fraction", "test": "test_fraction"}
 _BINARIZE = ("column", "at", "margin", "labels")
 _OWN = ("format", "columns", "header", "names", "encoding", "quoting")
@@ -62,7 +63,8 @@ class Rows:
   """Some rows of one source: `rows[i]` is a dict role -> value, `rows.where(i)` where it stands.
 
   Values: text, text_b, negative (what text_b is better than) and target str; words a list of str;
-  turns a list, see ft.data.turns; label str, int or a list of them (None: there is none); image a Path, encoded bytes or an array; group and id as in the source.
+  turns a list, see ft.data.turns; label str, int or a list of them (None: there is none); image a
+  Path, encoded bytes or an array; group and id as in the source.
   """
 
   name: str
@@ -281,6 +283,8 @@ def _roles(config, table: formats.Table, labelled: bool) -> dict[str, str]:
       _need(table, column, key)
   roles = {**{role: role for role in ROLES}, **table.roles, **given}
   roles = {role: column for role, column in roles.items() if column in table.columns}
+  if "text" in roles and "words" not in {**table.roles, **given}:
+    roles.pop("words", None)  # such as a column that counts them
   if not set(MODALITY.get(config.modality, roles)) & set(roles):
     raise errors.UserError(f"{table.source}: no column for the {config.modality}; set data.columns."
                            f"{config.modality} to one of {', '.join(table.columns)}.")

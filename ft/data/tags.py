@@ -1,8 +1,8 @@
 """Tags of words: the schemes in which they mark where an entity begins and ends.
 
 bio (IOB2): B-X begins an entity of type X, I-X goes on with it, O is outside. iob1: B-X only where
-one entity follows another of its type. bilou: B-X, I-X, L-X for first, inner and last words, U-X for
-an entity of one word (Ratinov and Roth 2009).
+one entity follows another of its type. bilou: B-X, I-X, L-X for first, inner and last words, U-X
+for an entity of one word (Ratinov and Roth 2009).
 """
 
 from collections.abc import Iterable
@@ -69,7 +69,7 @@ def _follows(tag: str, before: str, scheme: str) -> bool:
 
 
 def everything(seen: Iterable[str], scheme: str) -> list[str]:
-  """Returns all tags there can be, O first: every prefix with every type that was seen, in order."""
+  """Returns all tags there can be, O first: every prefix with every type that was seen."""
   if scheme == "none":
     return sorted(seen)
   kinds = sorted({tag.partition("-")[2] for tag in seen} - {""})

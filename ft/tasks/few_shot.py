@@ -1,9 +1,10 @@
 """Classification of texts from a few rows a label, by contrastive pairs (SetFit).
 
-Source: Tunstall et al. (2022), arXiv:2209.11055. The encoder learns from pairs of training rows whose cosine should be 1 where the labels are equal
-and 0 where they are not; a logistic head learns the labels of the same rows beside it, and passes
-no gradient on to the encoder. That is SetFit with its two phases at once: the model is a classifier
-at every step. All else is as in `ft.tasks.classify`.
+Source: Tunstall et al. (2022), arXiv:2209.11055. The encoder learns from pairs of training rows
+whose cosine should be 1 where the labels are equal and 0 where they are not; a logistic head learns
+the labels of the same rows beside it, and passes no gradient on to the encoder. That is SetFit with
+its two phases at once: the model is a classifier at every step. All else is as in
+`ft.tasks.classify`.
 
 Shapes: B pairs, D features, C classes.
 """

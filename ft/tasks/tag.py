@@ -148,10 +148,13 @@ class Task:
     if len(words) > self._width:
       raise errors.RowError(f"{len(words)} words, more than data.max_length={self._width}")
     text, encoding = self.preprocess.encode({"text": " ".join(words)})
-    first, start = np.full(self._width, -1, np.int32), 0
+    first, start, before = np.full(self._width, -1, np.int32), 0, None
     for i, word in enumerate(words):
-      pieces = (encoding.char_to_token(place) for place in range(start, start + len(word)))
-      first[i] = next((piece for piece in pieces if piece is not None), -1)
+      pieces = [encoding.char_to_token(place) for place in range(start, start + len(word))]
+      pieces = [piece for piece in pieces if piece is not None]
+      if pieces:  # the space before a word may be a piece of its own, and is the word's then
+        first[i] = pieces[0] if before is None else before + 1
+      before = pieces[-1] if pieces else None
       start += len(word) + 1
     return {**self.preprocess.arrays(encoding), "first": first,
             "words": np.asarray(len(words), np.int32)}
