@@ -144,7 +144,8 @@ def test_scored_pairs_are_judged_by_rank(tiny, tmp_path):
 
 
 def test_search_by_words(tiny, tmp_path):
-  content = "text,text_b\nthe dull film,a film that is dull\nslow plot,plot slow\nx,y\nz,plot slow\n"
+  content = ("text,text_b\nthe dull film,a film that is dull\nslow plot,plot slow\nx,y\n"
+             "z,plot slow\n")
   task = make(tiny, write(tmp_path / "a.csv", content))
   examples = [task.example(row) for row in task._rows["train"]]
   features = {"train": {"group": np.array([one["group"] for one in examples]),

@@ -140,7 +140,8 @@ def get_config():
   said = script("predict", tiny, f"--run={out}", f"--input={tmp_path / 'rows.txt'}").stdout
   high, low = (json.loads(line)["prediction"] for line in said.splitlines())
   assert high > 3 > low
-  found = json.loads(script("evaluate", tiny, f"--run={out}", f"--data={tmp_path / 'a.csv'}").stdout)
+  said = script("evaluate", tiny, f"--run={out}", f"--data={tmp_path / 'a.csv'}").stdout
+  found = json.loads(said)
   assert found["n"] == 200 and found["metrics"]["mae"] < rows["mean"]["metrics"]["mae"]
 
 

@@ -162,7 +162,8 @@ def test_loss_equals_transformers(tiny, task):
   ("bio", False, GOLD, SAID), ("bio", True, GOLD, SAID),
   ("bilou", False, ["B-A L-A O U-B", "B-A I-A L-A O"], ["B-A L-A O O", "B-A L-A U-B U-B"])])
 def test_metrics_are_seqevals(tiny, tmp_path, scheme, strict, gold, said):
-  from seqeval import metrics, scheme as schemes
+  from seqeval import metrics
+  from seqeval import scheme as schemes
 
   kinds = ["U-A", "U-B"] if scheme == "bilou" else ["B-A", "B-B"]
   path = write(tmp_path / "a.conll", [[(f"w{i}", kinds[i % 2])] for i in range(30)])
