@@ -60,8 +60,9 @@ def loader(run, source: str, predictor) -> loaders.Loader:
   }
   config = config_lib.from_json(values)
   rows = sources.load(config.data).splits["train"]
-  if "label" in predictor.task.needs and rows.labels is None:
-    raise errors.UserError(f"{source}: has no labels; scripts/predict.py needs none")
+  for role in predictor.task.needs:
+    if role not in rows.roles and not (role == "label" and rows.binarize):
+      raise errors.UserError(f"{source}: has no {role}s; scripts/predict.py needs none")
   examples = loaders.prepare(rows, predictor.task.example, preprocess=predictor.preprocess,
                              drop_policy=config.data.drop)
   return loaders.Loader(examples, predictor.batch, pad=predictor.preprocess.pad,

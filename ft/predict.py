@@ -28,6 +28,7 @@ class Predictor:
     spec, self.preprocess = description(self.folder)
     task = importlib.import_module(f"ft.tasks.{spec['task']['name']}")
     self.task = task.Task.from_spec(spec["task"], self.preprocess)
+    self.example = getattr(self.task, "unlabelled", self.preprocess)
     self.calibration = spec["calibration"]
     self.batch = batch
     self.rows = self.preprocess.read_rows
@@ -35,11 +36,10 @@ class Predictor:
     apply, pretrained, interceptor, self.variables = load(self.folder)
     combine = lambda frozen, trainable: frozen  # noqa: E731
     self.step = state.make_predict_step(self.task.predict, apply, combine)
-    self._example = getattr(self.task, "unlabelled", self.preprocess)
     self.write, self._buckets = None, self.preprocess.buckets
     if generation.writes(self.task):
       self.write = generation.make_step(self.task, pretrained, combine, interceptor)
-      self._example, self._buckets = self.task.prompt, generation.buckets(self.task)
+      self.example, self._buckets = self.task.prompt, generation.buckets(self.task)
 
   def __call__(self, rows: Iterable) -> Iterator[dict]:
     """Yields one JSON-able dict a row, in order, as soon as its batch is full.
@@ -64,7 +64,7 @@ class Predictor:
         if isinstance(row, errors.RowError):
           raise row
         answers[place] = {"id": row["id"]} if "id" in row else {}
-        examples.append(self._example(row))
+        examples.append(self.example(row))
         where.append(place)
       except errors.RowError as error:
         answers[place] = {**(answers[place] or {}), "error": str(error)}

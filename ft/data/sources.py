@@ -30,9 +30,9 @@ KEYS = {
     "test": ("", "source of the rows no choice is made on; carved from train when empty"),
     "extra": (None, "name -> source of a further test set, never trained on; see read", "dict"),
     "format": ("", "how files are written; by their suffix when empty",
-               ["", "csv", "tsv", "jsonl", "text", "parquet", "npz", "images", "tfds"]),
-    "columns": (None, "role (text, text_b, target, turns, label, image, group, id) -> its column",
-                "dict"),
+               ["", "csv", "tsv", "jsonl", "text", "conll", "parquet", "npz", "images", "tfds"]),
+    "columns": (None, "role (text, text_b, negative, words, target, turns, label, image, group, id)"
+                " -> its column", "dict"),
     "header": (True, "whether the first line of a CSV or TSV file names the columns"),
     "names": (None, "names of the columns, for CSV and TSV files without a header", "list"),
     "encoding": ("utf-8", "encoding of text files"),
@@ -46,11 +46,15 @@ KEYS = {
     "group": ("", "column whose equal values never straddle splits (patient, customer, author)"),
     "keep_duplicates_together": (True, "whether exact duplicates never straddle carved splits"),
     "split_seed": (0, "seed of the carving, apart from the run's own seed", (0, 2147483647)),
+    "per_label": (0, "most training rows of each label, for few-shot runs; 0 for all", (0, None)),
+    "unknown": ((), "labels that are never trained; the split open is test with their rows"),
     "limit": (0, "most rows a split keeps, for trial runs; 0 for all", (0, None)),
 }
-ROLES = ("text", "text_b", "target", "turns", "label", "image", "group", "id")
-INPUTS = ("text", "text_b", "turns", "image")
-MODALITY = {"text": ("text", "turns"), "image": ("image",)}  # modality -> roles, one is needed
+ROLES = ("text", "text_b", "negative", "words", "target", "turns", "label", "image", "group", "id")
+TEXTS = ("text", "text_b", "negative", "target")
+INPUTS = ("text", "text_b", "words", "turns", "image")
+# modality -> roles, one is needed
+MODALITY = {"text": ("text", "words", "turns"), "image": ("image",)}
 CARVED = {"validation": "validation_fraction", "test": "test_fraction"}
 _BINARIZE = ("column", "at", "margin", "labels")
 _OWN = ("format", "columns", "header", "names", "encoding", "quoting")
@@ -60,9 +64,9 @@ _OWN = ("format", "columns", "header", "names", "encoding", "quoting")
 class Rows:
   """Some rows of one source: `rows[i]` is a dict role -> value, `rows.where(i)` where it stands.
 
-  Values: text, text_b and target str; turns a list, see ft.data.turns; label str, int or a list of
-  them (None: there is none); image a Path, encoded bytes or an array; group and id as in the
-  source.
+  Values: text, text_b, negative (what text_b is better than) and target str; words a list of str;
+  turns a list, see ft.data.turns; label str, int or a list of them (None: there is none); image a
+  Path, encoded bytes or an array; group and id as in the source.
   """
 
   name: str
@@ -77,7 +81,7 @@ class Rows:
   def __getitem__(self, i: int) -> dict[str, Any]:
     record = self.table.records[int(self.indices[i])]
     row = {role: record.get(column) for role, column in self.roles.items()}
-    for role in ("text", "text_b", "target"):
+    for role in TEXTS:
       if role in row:
         row[role] = _text(row[role])
     if self.binarize:
@@ -116,6 +120,12 @@ class Rows:
     """The label of each row; None where the source has no labels."""
     return [row["label"] for row in self] if self.binarize or "label" in self.roles else None
 
+  @property
+  def classes(self) -> list | None:
+    """The labels, where they divide the rows into classes: no measured values, no tags of words."""
+    measured = any(isinstance(label, float) for label in self.labels or ())
+    return None if measured or "words" in self.roles else self.labels
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
@@ -125,11 +135,13 @@ class Data:
     "labels": {split: {label: rows}}, "carved": {split: rows}, "split_seed": int,
     "duplicates_of_train": {split: rows whose exact duplicate is in train}}.
   columns: role -> column.
+  unknown: labels that are in the split `open` and never trained.
   """
 
   splits: dict[str, Rows]
   report: dict
   columns: dict[str, str]
+  unknown: tuple[str, ...] = ()
 
 
 def load(config, *, base=None) -> Data:
@@ -160,11 +172,12 @@ def load(config, *, base=None) -> Data:
   train, *rest = _carve(config, found["train"], [s for s in CARVED if s not in found])
   report["carved"] = {rows.name: len(rows) for rows in rest}
   found |= {rows.name: rows for rows in (train, *rest)}
-  found = _limit(config, {name: found[name] for name in specs if name in found}, report)
+  found = _hold_out(config, {name: found[name] for name in specs if name in found}, report)
+  found = _limit(config, _few(config, found, report), report)
   report["splits"] = {name: len(rows) for name, rows in found.items()}
   report["labels"] = {name: _count(rows.labels) for name, rows in found.items() if rows.labels}
   report["duplicates_of_train"] = _duplicates(found)
-  return Data(found, report, dict(train.roles))
+  return Data(found, report, dict(train.roles), tuple(map(str, config.unknown)))
 
 
 def read(config, spec, *, name: str = "input", base=None, tables: dict | None = None,
@@ -293,6 +306,8 @@ def _roles(config, table: formats.Table, labelled: bool) -> dict[str, str]:
   named = {"text": "source"} if pair else {}
   roles = {**{role: role for role in ROLES}, **named, **table.roles, **given}
   roles = {role: column for role, column in roles.items() if column in table.columns}
+  if "text" in roles and "words" not in {**table.roles, **given}:
+    roles.pop("words", None)  # such as a column that counts them
   if not set(MODALITY.get(config.modality, roles)) & set(roles):
     raise errors.UserError(f"{table.source}: no column for the {config.modality}; set data.columns."
                            f"{config.modality} to one of {', '.join(table.columns)}.")
@@ -339,6 +354,8 @@ def _usable(rows: Rows) -> tuple[Rows, dict[str, int]]:
       dropped["empty text"] += 1
     elif "turns" in row and not row["turns"]:
       dropped["no turns"] += 1
+    elif "words" in row and not row["words"]:
+      dropped["no words"] += 1
     else:
       kept.append(i)
   if not kept:
@@ -375,9 +392,7 @@ def _carve(config, rows: Rows, names: list[str]) -> list[Rows]:
         "data.validation_fraction and data.test_fraction leave nothing to train on.")
   groups = [row["group"] for row in rows] if config.group else None
   keys = _identities(rows) if config.keep_duplicates_together else None
-  labels = rows.labels if config.stratify else None
-  if labels and any(isinstance(label, float) for label in labels):
-    labels = None  # a measured value, not a class
+  labels = rows.classes if config.stratify else None
   unit = splits.units(groups, keys, size=len(rows))
   shares = {"train": 1 - sum(shares.values()), **shares}
   parts = splits.carve(unit, labels, shares, config.split_seed)
@@ -390,18 +405,50 @@ def _carve(config, rows: Rows, names: list[str]) -> list[Rows]:
   return [rows.select(indices, name) for name, indices in parts.items()]
 
 
+def _hold_out(config, found: dict[str, Rows], report: dict) -> dict[str, Rows]:
+  """Takes the rows of `data.unknown` out of all splits but `open`, which is test with them."""
+  unknown = set(map(str, config.unknown))
+  if not unknown:
+    return found
+  if "test" not in found or "open" in found or found["train"].classes is None:
+    raise errors.UserError("data.unknown needs labels, a test split, and no extra one named open.")
+  there = set(map(str, found["train"].labels)) | set(map(str, found["test"].labels))
+  for label in unknown - there:
+    raise errors.UserError(f"data.unknown: no row has the label {label!r}"
+                           f"{errors.suggest(label, there)}.")
+  result = {}
+  for name, rows in found.items():
+    result[name] = rows.select([i for i, label in enumerate(rows.labels)
+                                if str(label) not in unknown])
+    report["dropped"].setdefault(name, {})["of data.unknown"] = len(rows) - len(result[name])
+  return {**result, "open": found["test"].select(np.arange(len(found["test"])), "open")}
+
+
+def _few(config, found: dict[str, Rows], report: dict) -> dict[str, Rows]:
+  """Keeps `data.per_label` training rows of each label."""
+  if not config.per_label:
+    return found
+  train = found["train"]
+  if train.classes is None:
+    raise errors.UserError("data.per_label needs a label, one class of each row; set it to 0.")
+  kept = train.select(splits.few(train.labels, config.per_label, config.split_seed))
+  left_out = len(train) - len(kept)
+  report["dropped"].setdefault("train", {})["beyond data.per_label"] = left_out
+  return {**found, "train": kept}
+
+
 def _limit(config, found: dict[str, Rows], report: dict) -> dict[str, Rows]:
   """Keeps `data.limit` rows a split, and no label elsewhere that train lost by it."""
   if not config.limit:
     return found
   result = {}
   for name, rows in found.items():
-    labels = rows.labels
+    labels = rows.classes
     if labels and name != "train":
       lost = set(map(str, found["train"].labels)) - set(map(str, result["train"].labels))
       kept = [i for i, label in enumerate(labels) if str(label) not in lost]
       rows = rows.select(kept)
-      labels = rows.labels
+      labels = rows.classes
     result[name] = rows.select(splits.sample(labels, config.limit, config.split_seed, len(rows)))
     left_out = len(found[name]) - len(result[name])
     report["dropped"].setdefault(name, {})["beyond data.limit"] = left_out
@@ -416,7 +463,7 @@ def _identities(rows: Rows) -> list[bytes | None]:
   keys = []
   for i, row in enumerate(rows):
     value = [row[role] for role in ("text", "text_b", "image") if row.get(role) is not None]
-    value += [repr(row["turns"])] if "turns" in row else []
+    value += [repr(row[role]) for role in ("turns", "words") if role in row]
     if images[i] in files:  # only files of one size can be equal, so only those are read
       path = images[i]
       value = path.read_bytes() if sizes[path.stat().st_size] > 1 else str(path)

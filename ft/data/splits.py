@@ -85,6 +85,16 @@ def sample(labels: Sequence[Hashable] | None, count: int, seed: int, size: int) 
   return kept
 
 
+def few(labels: Sequence[Hashable], count: int, seed: int) -> np.ndarray:
+  """Returns sorted indices of up to `count` rows of each label, drawn by the seed."""
+  rows: dict[str, list[int]] = {}
+  for i, label in enumerate(labels):
+    rows.setdefault(str(label), []).append(i)
+  drawn = [np.random.default_rng([seed, zlib.crc32(label.encode())]).permutation(there)[:count]
+           for label, there in rows.items()]
+  return np.sort(np.concatenate(drawn))
+
+
 def identity(value) -> Hashable:
   """Returns a key that duplicates share: of text up to case and white space, else of content."""
   if isinstance(value, str):

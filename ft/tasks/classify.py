@@ -1,7 +1,8 @@
 """Classification: one label an example (softmax), or any number of them (sigmoid).
 
 Shapes: B batch, N rows of a split, C classes, D features. Losses and metrics work on logits (B, C);
-labels are int32 (B,), or multi-hot float32 (B, C) for `labels_kind="multi"`.
+labels are int32 (B,), or multi-hot float32 (B, C) for `labels_kind="multi"`. The label -1 is one of
+`data.unknown`, which the model has no class for: any answer to such a row is wrong.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ft import errors, mixing, stats
+from ft import abstaining, errors, mixing, stats
 
 KEYS = {
   "labels_kind": ("single", "one label an example, or several (a list, or a|b)",
@@ -24,6 +25,8 @@ KEYS = {
   "mixup": (0.0, "alpha of the Beta that mixes pairs of images and labels; 0: off", (0.0, None)),
   "cutmix": (0.0, "alpha of the Beta of the share that a box from another image takes; 0: off",
              (0.0, None)),
+  "coverage": (0.0, "share of validation rows that are answered, and below whose confidence "
+               "predictions abstain; 0: all are", (0.0, 1.0)),
   "metric": ("accuracy", "what the best checkpoint is chosen by",
              ["accuracy", "macro_f1", "auroc"]),
 }
@@ -65,9 +68,12 @@ class Task:
     for key in ("mixup", "cutmix"):
       if config[key] and "image" not in data.columns:
         raise errors.UserError(f"task.{key} mixes images, and the data has none; set it to 0")
+    if config.labels_kind == "multi" and config.coverage:
+      raise errors.UserError("task.coverage is for one label an example; set it to 0")
     named = {name: _named_labels(rows, config.labels_kind) for name, rows in data.splits.items()}
     labels = _order({label for names in named["train"] for label in names})
-    self._settle(config.labels_kind, labels, config.metric, preprocess)
+    self._settle(config.labels_kind, labels, config.metric, preprocess,
+                 getattr(data, "unknown", ()), config.coverage)
     for name, rows in data.splits.items():
       self._check_known(named[name], rows)
     if len(labels) < 2 - self.multi:
@@ -80,8 +86,8 @@ class Task:
       counts[[self._index[label] for label in names]] += 1
     self._set_priors(counts, len(named["train"]))
 
-  def _settle(self, kind, labels, metric, preprocess):
-    self.multi = kind == "multi"
+  def _settle(self, kind, labels, metric, preprocess, unknown=(), coverage=0.0):
+    self.multi, self._unknown, self._coverage = kind == "multi", tuple(unknown), coverage
     self.labels = list(labels)
     self.metric = (metric, "max")
     self.model_args = {"num_labels": len(self.labels), "labels": self.labels}
@@ -105,7 +111,7 @@ class Task:
   def _check_known(self, named, rows):
     for i, names in enumerate(named):
       for label in names:
-        if label not in self._index:
+        if label not in self._index and label not in self._unknown:
           raise errors.UserError(
             f"{rows.where(i)}: label {label!r} of {rows.name} does not occur in train"
             f"{errors.suggest(label, self._index)}; train has {_some(self.labels)}"
@@ -116,13 +122,14 @@ class Task:
   def spec(self) -> dict:
     """Returns what `from_spec` needs, as JSON."""
     return {"labels": self.labels, "labels_kind": "multi" if self.multi else "single",
-            "metric": self.metric[0]}
+            "metric": self.metric[0], "unknown": list(self._unknown), "coverage": self._coverage}
 
   @classmethod
   def from_spec(cls, spec: Mapping, preprocess) -> "Task":
     """Returns a task that can predict and describe (not train), from what `spec` returned."""
     task = cls.__new__(cls)
-    task._settle(spec["labels_kind"], spec["labels"], spec["metric"], preprocess)
+    task._settle(spec["labels_kind"], spec["labels"], spec["metric"], preprocess,
+                 spec.get("unknown", ()), spec.get("coverage", 0.0))
     return task
 
   def describe_task(self) -> dict:
@@ -147,6 +154,8 @@ class Task:
     return self.preprocess(row)
 
   def _number(self, name: str) -> int:
+    if name in self._unknown:
+      return -1
     if name not in self._index:
       raise errors.UserError(f"label {name!r} does not occur in train"
                              f"{errors.suggest(name, self._index)}; train has {_some(self.labels)}")
@@ -254,16 +263,21 @@ class Task:
     """Returns the metrics of a split, at temperature 1.
 
     accuracy (multi: all labels of a row right), macro_f1, auroc, log_loss, ece, and recall/<label>
-    of the classes that occur. All are NaN where a logit is not finite.
+    of the classes that occur. All are NaN where a logit is not finite. Where labels are unknown:
+    accuracy over all rows, the rest over the known ones, and what `abstaining.measure` gives.
 
     Args:
       outputs: "logits" (N, C), "label" (N,) or (N, C).
     """
     raw, label = np.asarray(outputs["logits"], np.float64), np.asarray(outputs["label"])
     finite, logits = np.isfinite(raw).all(), np.where(np.isfinite(raw), raw, 0.0)
+    whole, open_ = stats.accuracy(self._decisions(logits), label), {}
+    if not self.multi and (label < 0).any():
+      open_ = abstaining.measure(logits, label)
+      logits, label = logits[label >= 0], label[label >= 0]
     probabilities, decisions = self._probabilities(logits), self._decisions(logits)
     found = {
-      "accuracy": stats.accuracy(decisions, label),
+      "accuracy": whole, **open_,
       "macro_f1": stats.macro_f1(decisions, label),
       "auroc": stats.auroc(probabilities, label),
       "log_loss": stats.log_loss(probabilities, label),
@@ -292,14 +306,24 @@ class Task:
   def value(self, outputs: dict) -> float:
     """Returns the selection metric of a split; for intervals where it is no mean of scores."""
     logits, label = np.asarray(outputs["logits"]), np.asarray(outputs["label"])
+    if self.metric[0] != "accuracy" and not self.multi:
+      logits, label = logits[label >= 0], label[label >= 0]
     if self.metric[0] == "auroc":
       return stats.auroc(self._probabilities(logits), label)
     measure = stats.macro_f1 if self.metric[0] == "macro_f1" else stats.accuracy
     return measure(self._decisions(logits), label)
 
   def calibrate(self, outputs: dict) -> dict:
-    """Returns {"temperature": T} fitted to a split (validation); see `stats.fit_temperature`."""
-    return {"temperature": stats.fit_temperature(outputs["logits"], outputs["label"])}
+    """Returns what is fitted to a split (validation).
+
+    {"temperature": T} (`stats.fit_temperature`) and, with task.coverage, the "threshold" that this
+    share of the rows' confidences, at that temperature, lies above.
+    """
+    found = {"temperature": stats.fit_temperature(outputs["logits"], outputs["label"])}
+    if self._coverage:
+      found["threshold"] = abstaining.threshold(outputs["logits"], found["temperature"],
+                                                self._coverage)
+    return found
 
   def describe(self, outputs: dict, calibration: Mapping) -> dict:
     """Returns the answer for one row as JSON types.
@@ -309,7 +333,8 @@ class Task:
       calibration: what `calibrate` returned.
 
     Returns:
-      label (multi: list of the labels above one half), confidence (calibrated probability of the
+      label (multi: list of the labels above one half; None where the confidence is below the
+      threshold of task.coverage), confidence (calibrated probability of the
       label; multi: of the least certain of the decisions), probabilities {label: calibrated}.
     """
     logits = np.asarray(outputs["logits"], np.float64) / calibration["temperature"]
@@ -319,19 +344,26 @@ class Task:
       confidence = np.maximum(chances, 1 - chances).min()
     else:
       label, confidence = self.labels[int(chances.argmax())], chances.max()
+      if confidence < calibration.get("threshold", 0.0):
+        label = None
     return {
       "label": label, "confidence": float(confidence),
       "probabilities": {n: float(p) for n, p in zip(self.labels, chances, strict=True)},
     }
 
   def evidence(self, outputs: dict, calibration: Mapping) -> dict:
-    """Returns the card's fields about the tuned outputs: the confusion matrix of test."""
-    del calibration
-    test = outputs.get("test")
+    """Returns the card's fields about the tuned outputs: the confusion matrix of test, and what
+    abstaining does on every split but validation."""
+    test, found = outputs.get("test"), {}
     if self.multi or test is None:
       return {}
     matrix = stats.confusion(self._decisions(test["logits"]), test["label"], len(self.labels))
-    return {"confusion": {"labels": self.labels, "matrix": matrix.tolist()}}
+    found["confusion"] = {"labels": self.labels, "matrix": matrix.tolist()}
+    if "threshold" in calibration:
+      found["abstention"] = {"threshold": calibration["threshold"], "splits": {
+        name: abstaining.account(part["logits"], part["label"], calibration)
+        for name, part in outputs.items() if name != "validation"}}
+    return found
 
   def baselines(self, features: dict) -> dict:
     """Returns what no fine-tuning gets.

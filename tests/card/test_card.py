@@ -292,7 +292,7 @@ def test_other_units_and_missing_intervals():
   row = {"metric": "mae", "difference": -0.1234, "lo": -0.2, "hi": -0.05, "n": 9}
   record = {"task": {"metric": "mae", "mode": "min"},
             "results": {"test": {}}, "differences": {"test": {"fine-tuned - probe": row}}}
-  assert words.conclusion(record).startswith("Fine-tuning gained −0.123 [−0.200, −0.050] of mae")
+  assert words.conclusion(record).startswith("Fine-tuning gained −0.123 [−0.200, −0.050] of MAE")
   row |= {"lo": None}
   assert "was not measured" in words.conclusion(record)
   assert "interval is not defined" in words.verdict(record, "test")

@@ -225,6 +225,47 @@ def test_limit_keeps_labels_consistent(tmp_path):
   assert data.report["dropped"]["train"]["beyond data.limit"] == 135
 
 
+def test_few_rows_a_label(tmp_path):
+  path = write(tmp_path / "a.csv", CSV)
+  data = sources.load(config(train=path, per_label=3))
+  assert data.report["labels"]["train"] == {"neg": 3, "pos": 3}
+  assert data.report["splits"] == {"train": 6, "validation": 4, "test": 8}
+  assert data.report["dropped"]["train"]["beyond data.per_label"] == 22
+  whole = [row["text"] for row in sources.load(config(train=path)).splits["train"]]
+  kept = [row["text"] for row in data.splits["train"]]
+  assert set(kept) < set(whole)
+  other = sources.load(config(train=path, per_label=3, split_seed=1))
+  assert kept != [row["text"] for row in other.splits["train"]]
+  text = write(tmp_path / "a.txt", "".join(f"line {i}\n" for i in range(40)))
+  assert "data.per_label needs a label" in error(train=text, per_label=2)
+
+
+def test_unknown_labels_are_in_open_alone(tmp_path):
+  lines = "text,label\n" + "".join(f"row {i},{'abc'[i % 3]}\n" for i in range(60))
+  path = write(tmp_path / "a.csv", lines)
+  data = sources.load(config(train=path, unknown=("c",)))
+  assert list(data.splits) == ["train", "validation", "test", "open"] and data.unknown == ("c",)
+  assert {name: set(data.report["labels"][name]) for name in data.splits} == {
+    "train": {"a", "b"}, "validation": {"a", "b"}, "test": {"a", "b"}, "open": {"a", "b", "c"}}
+  counts = data.report["splits"]
+  assert counts["open"] == counts["test"] + data.report["dropped"]["test"]["of data.unknown"]
+  assert "no row has the label 'd'" in error(train=path, unknown=("d",))
+
+
+def test_words_and_their_tags(tmp_path):
+  path = write(tmp_path / "a.conll", "".join(f"word{i} O\nx B-A\n\n" for i in range(20)))
+  data = sources.load(config(train=path))
+  assert data.report["splits"] == {"train": 14, "validation": 2, "test": 4}
+  row = data.splits["train"][0]
+  assert row["words"][1] == "x" and row["label"] == ["O", "B-A"]
+  lines = [{"tokens": ["a", "b"], "tags": ["O", 1]}, {"tokens": [], "tags": []}]
+  path = write(tmp_path / "a.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+  data = sources.load(config(train=path, columns=dict(words="tokens", label="tags"),
+                             validation_fraction=0.0, test_fraction=0.0))
+  assert data.splits["train"][0] == {"words": ["a", "b"], "label": ["O", 1]}
+  assert data.report["dropped"]["train"] == {"no words": 1}
+
+
 def test_dropped_rows_are_counted(tmp_path):
   path = write(tmp_path / "a.csv", CSV + "  ,pos,9\nno label,,9\n")
   data = sources.load(config(train=path))
