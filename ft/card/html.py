@@ -90,8 +90,10 @@ def _results(record):
     count = max(entry["n"] for entry in results[split].values())
     panels.append(el.figure([h("b", name(split)), f" {unit}, n = {count:,}"],
                           charts.intervals(rows, metric, low, high, f"{split}, {unit}: {said}")))
+  signatures = record["task"].get("signatures")
+  scored = el.details("How it was scored", el.tree_facts(signatures)) if signatures else None
   return join([h("div", panels, cls="figures"), _results_table(record, splits, unit),
-               _more_metrics(record), _tradeoff(record)])
+               _more_metrics(record), scored, _tradeoff(record)])
 
 
 def _tradeoff(record):

@@ -20,9 +20,6 @@ def section(record):
     rows += [(words.row_name(key), text) for key, text in (sample.get("answers") or {}).items()]
     parts.append(el.table(sample.get("where", ""), ["", "text"],
                           [[name(key), (_shown(text), "long")] for key, text in rows]))
-  signatures = record["task"].get("signatures") or {}
-  if signatures:
-    parts.append(el.details("How the texts were scored", el.tree_facts(signatures)))
   return join(parts)
 
 

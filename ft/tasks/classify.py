@@ -456,6 +456,8 @@ def _fit(model, features, target, strength: float) -> tuple:
   with warnings.catch_warnings(), threadpoolctl.threadpool_limits(1):
     # The last thousandth of the loss does not move the baseline, and would take most of the time.
     warnings.simplefilter("ignore", exceptions.ConvergenceWarning)
+    # Few rows of many classes are meant.
+    warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
     model.set_params(C=strength).fit(features, target)
   return model.coef_.T, model.intercept_
 
