@@ -30,7 +30,8 @@ def assert_same(found, alone):
   assert found[1:] == alone[1:]
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+@pytest.mark.parametrize("mesh", [
+  *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ((8, 1, 1), (2, 4, 1))), (2, 2, 2)])
 def test_eight_devices(tiny, alone, tmp_path, mesh):
   names = ("data", "fsdp", "tensor")
   axes = [f"--config.mesh.{name}={n}" for name, n in zip(names, mesh, strict=True)]

@@ -61,7 +61,8 @@ def test_many_kills_change_nothing(tiny, reference, tmp_path, seed):
   killed_again_and_again(tiny, reference, tmp_path / "run", kills=5, seed=seed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [
+  signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_the_same_command_goes_on(tiny, reference, tmp_path, number):
   whole, _ = reference
   process = tiny.start(tmp_path / "run", *LONG)

@@ -100,7 +100,8 @@ def test_export_hf_is_bitwise_and_stablehlo_runs_without_ft(tiny, run, tmp_path)
     assert program.call(inputs)["logits"].shape == (batch, 2)
 
 
-@pytest.mark.parametrize("method", ["lora", "freeze", "head"])
+@pytest.mark.parametrize("method", [
+  "lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("freeze", "head"))])
 def test_other_methods_run_to_the_end(tiny, tmp_path, method):
   flags = [f"--config.tune.method={method}"]
   if method == "freeze":

@@ -41,7 +41,8 @@ def test_paths():
   assert all(np.array_equal(again[path], flat[path]) for path in flat)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", [
+  "none", *(pytest.param(policy, marks=pytest.mark.slow) for policy in ("dots", "full"))])
 def test_same_outputs_gradients_and_file(folder, tmp_path, remat):
   one = models.load(str(folder))
   many = models.load(str(folder), compute=layers.Compute(scan=True, remat=remat))

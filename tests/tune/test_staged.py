@@ -206,6 +206,7 @@ def test_messages():
     toys.init("staged", bare, order="unfreeze")
 
 
+@pytest.mark.slow
 def test_lp_ft_runs_to_the_end(tiny, tmp_path):
   tiny.train(tmp_path / "run", "--config.tune.method=staged", "--config.tune.head_share=0.5",
              "--config.train.steps=12", "--config.train.log_every=1")
