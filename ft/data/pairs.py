@@ -105,6 +105,9 @@ class Pairs:
     self.preprocess, self.layout = preprocess, layout
     self._tokenizer = Tokenizer.from_str(preprocess.tokenizer.to_str())
     self._tokenizer.no_truncation()
+    self._target_tokenizer = preprocess.target_tokenizer
+    if self._target_tokenizer is preprocess.tokenizer:
+      self._target_tokenizer = self._tokenizer
     self.ending, self.ends = preprocess.ending() if layout.decoder_only else "", layout.ends
     if self.ending:
       self.ends = (*layout.ends, *self._ids(self.ending)[-1:])
@@ -151,12 +154,13 @@ class Pairs:
       source, target = ids[:int(example["prompt"])], ids[int(example["prompt"]):]
     else:
       source, target = ids, example["labels"].tolist()
-    texts = [self._tokenizer.decode(part, skip_special_tokens=False) for part in (source, target)]
+    texts = [tokenizer.decode(part, skip_special_tokens=False) for tokenizer, part in
+             ((self._tokenizer, source), (self._target_tokenizer, target))]
     return f"{texts[0]} ⟦{texts[1]}⟧ ({len(source)} + {len(target)} tokens)"
 
-  def _ids(self, text: str, special: bool = False) -> list[int]:
+  def _ids(self, text: str, special: bool = False, tokenizer=None) -> list[int]:
     try:
-      return self._tokenizer.encode(text, add_special_tokens=special).ids
+      return (tokenizer or self._tokenizer).encode(text, add_special_tokens=special).ids
     except (UnicodeError, TypeError) as e:
       raise errors.RowError(f"text that cannot be tokenized: {e}") from e
 
@@ -177,7 +181,7 @@ class Pairs:
       ids = self._in_language(text, layout.target_language)
       ids = ids[:-1] if layout.language_behind else ids  # there it starts the decoder's input
     else:
-      ids = self._ids(text, special=True)
+      ids = self._ids(text, True, self._target_tokenizer)
     return ids if ids and ids[-1] in self.ends else [*ids, layout.ends[0]]
 
   def _in_language(self, text: str, language: str) -> list[int]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ft import errors
-from ft.data import turns
+from ft.data import spm, turns
 from ft.weights import resolve
 
 KEYS = {
@@ -40,14 +40,15 @@ class Preprocess:
 
   Args:
     config: the `data` section (max_length, truncation, buckets, speakers).
-    info: what models.inspect says: `folder` holds tokenizer.json or vocab.txt, `hf_config` the
-      model's limits.
+    info: what models.inspect says: `folder` holds tokenizer.json, vocab.txt or a SentencePiece
+      model, `hf_config` the model's limits.
 
   Attributes:
     pad: key -> value that fills a batch up.
     buckets: lengths to pad to, the last one is max_length.
     info: what models.inspect said; of a finished run folder and hf_config only.
     tokenizer: a tokenizers.Tokenizer, which cuts at max_length where truncation says so.
+    target_tokenizer: of texts that the model writes: that one, or a Marian model's second one.
     counts: {"truncated": examples that were cut, "too_long": examples refused for their length}.
     augments: False.
 
@@ -64,7 +65,8 @@ class Preprocess:
     self.counts = {"truncated": 0, "too_long": 0}
     self._stops = config.truncation == "error"
     self.info = info
-    self._tokenizer, settings = _load_tokenizer(info.folder)
+    read, settings = _load_tokenizer(info.folder, (info.hf_config or {}).get("model_type", ""))
+    self._tokenizer, self.target_tokenizer = read.tokenizer, read.target or read.tokenizer
     self._special = {i: token.content for i, token in
                      self._tokenizer.get_added_tokens_decoder().items() if token.special}
     self._speakers = dict((getattr(config, "speakers", None) or {}).items())
@@ -203,7 +205,7 @@ class Preprocess:
 
   def decode(self, ids) -> str:
     """Returns the text of token ids (T,), without special tokens."""
-    return self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
+    return self.target_tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
 
   def read_rows(self, source: str) -> Iterator[dict | errors.RowError]:
     """Yields rows for prediction, with the columns the run was trained with; see `read_rows`."""
@@ -365,30 +367,32 @@ def _checked(row: dict, where: str) -> dict | errors.RowError:
   return row if "turns" in row or row["text"].strip() else errors.RowError(f"{where}: no text")
 
 
-def _load_tokenizer(folder):
-  """Returns the folder's tokenizer, bare of padding and truncation, and its settings."""
+def _load_tokenizer(folder, family: str):
+  """Returns the folder's tokenizers (spm.Read), bare of padding and truncation, and settings."""
   from tokenizers import Tokenizer, implementations  # slow to import
   folder = pathlib.Path(folder or ".")
   settings = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
   try:
     if (folder / "tokenizer.json").is_file():
-      tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+      read = spm.Read(Tokenizer.from_file(str(folder / "tokenizer.json")), None)
     elif (folder / "vocab.txt").is_file():
       built = implementations.BertWordPieceTokenizer(
           str(folder / "vocab.txt"), lowercase=settings.get("do_lower_case", True),
           strip_accents=settings.get("strip_accents"),
           handle_chinese_chars=settings.get("tokenize_chinese_chars", True))
-      tokenizer = Tokenizer.from_str(built.to_str())
+      read = spm.Read(Tokenizer.from_str(built.to_str()), None)
+    elif spm.find(folder):
+      read = spm.read(folder, settings, family)
     else:
-      raise errors.UserError(f"{folder}: no tokenizer there (tokenizer.json or vocab.txt), and the "
-                             "model reads text.")
+      raise errors.UserError(f"{folder}: no tokenizer there (tokenizer.json, vocab.txt or a "
+                             "SentencePiece model), and the model reads text.")
   except errors.UserError:
     raise
   except Exception as e:  # the library raises bare Exception
     raise errors.UserError(f"{folder}: its tokenizer cannot be read: {e}") from e
-  tokenizer.no_padding()
-  tokenizer.no_truncation()
-  return tokenizer, settings
+  read.tokenizer.no_padding()
+  read.tokenizer.no_truncation()
+  return read, settings
 
 
 def _positions(hf_config: dict) -> int:

@@ -73,7 +73,7 @@ KEYS = {
 CHANGES = ("vocab_size", "image_size", "channels", "depth")
 _WEIGHTS = "model.safetensors"
 # Small files that belong to a model beside its weights and config.json, by glob.
-_COMPANIONS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model",
+_COMPANIONS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "*.spm",
                "added_tokens.json", "*processor_config.json", "generation_config.json",
                "chat_template*", "modules.json", "sentence_*_config.json",
                "config_sentence_transformers.json", "1_Pooling/config.json")

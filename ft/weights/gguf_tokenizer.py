@@ -154,7 +154,7 @@ def _sentencepiece(path, get, gemma: bool):
     scores = range(0, -len(tokens), -1) if gemma else get("scores") or ()
     if len(scores) != len(tokens):
       raise corrupt(path, f"it has {len(tokens)} tokens and {len(scores)} scores")
-    merges = _merges(vocabulary, dict(zip(tokens, scores, strict=True)))
+    merges = merges_of(vocabulary, dict(zip(tokens, scores, strict=True)))
   unknown = get("unknown_token_id")
   tokenizer = Tokenizer(models.BPE(
       vocab=vocabulary, merges=merges, fuse_unk=True, byte_fallback=True,
@@ -186,7 +186,7 @@ def _pairs(path, get) -> list[tuple[str, str]]:
   return pairs
 
 
-def _merges(vocabulary, scores) -> list[tuple[str, str]]:
+def merges_of(vocabulary, scores) -> list[tuple[str, str]]:
   """Returns the merges that lead to a SentencePiece vocabulary, best score first.
 
   Every way to make a token of two others is a merge; of one token's, the longest left part first.

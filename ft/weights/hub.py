@@ -15,7 +15,7 @@ from absl import logging
 
 from ft import errors
 
-_SMALL = ("*.json", "*.txt", "*.model", "*.jinja")
+_SMALL = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja")
 # Other formats of the same weights, and states of training.
 _OTHERS = ("onnx/*", "openvino/*", "coreml/*", "original/*", "*/onnx/*", "checkpoint-*/*", "runs/*",
            "training_args.bin", "optimizer.bin", "scheduler.bin")
