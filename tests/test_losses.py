@@ -102,6 +102,7 @@ def test_the_head_is_told_the_number_of_the_block():
   assert np.all(found > 100 * sum(range(LENGTH)) * 0.9)
 
 
+@pytest.mark.optimised
 def test_memory_does_not_hold_the_logits():
   rows, length, width, words, block = 4, 512, 16, 8192, 1 << 18
   shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((rows, length, width), (width, words))]

@@ -80,6 +80,7 @@ def test_a_step_that_is_not_finite_changes_nothing(split):
   assert metrics["bad"] == 0
 
 
+@pytest.mark.optimised
 def test_frozen_weights_cost_no_gradient_no_state_no_copy(split):
   everything, head, body = split
 

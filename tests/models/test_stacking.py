@@ -65,6 +65,7 @@ def test_same_outputs_gradients_and_file(folder, tmp_path, remat):
       (folder / "config.json").read_text())
 
 
+@pytest.mark.optimised
 def test_remat_saves_memory_not_values(folder):
   def temporary(remat):
     loaded = models.load(str(folder), compute=layers.Compute(scan=True, remat=remat))

@@ -2,18 +2,9 @@
 
 import sys
 
-import jax
 import pytest
 
 _LINE = "{:<14}{:<66}{:>9}{:>11}"
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-  """Compiles without costly optimisations: programs here are large, run once, on little data."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)

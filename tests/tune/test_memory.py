@@ -12,6 +12,7 @@ from tune import toys
 from ft import state, tune
 from ft.models import bert
 
+pytestmark = pytest.mark.optimised
 ROWS = (6, 24)  # 144 rows, a size that no weight has
 WIDTH = 256
 # Products as large as a kernel: of query, key, value and output, of the three at once, of both

@@ -233,6 +233,7 @@ def test_nothing_keeps_the_float_weights(method, values):
   assert not [ref for ref in gone if ref() is not None]
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("scanned", toys.SCANNED)
 @pytest.mark.parametrize("form", ["int8", "nf4"])
 def test_no_copy_of_all_weights_is_ever_alive(form, scanned):
@@ -247,6 +248,7 @@ def test_no_copy_of_all_weights_is_ever_alive(form, scanned):
   assert memory.argument_size_in_bytes < (0.3 if form == "int8" else 0.17) * depth * one
 
 
+@pytest.mark.optimised
 def test_rows_are_looked_up_before_they_are_read():
   class Words(toys.nn.Module):
     @toys.nn.compact

@@ -165,6 +165,7 @@ def _step(method, depth, **values):
   return tuned, lowered, sum(x.nbytes for x in jax.tree.leaves(opt))
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("method,values", [("lora", {"rank": 4}), ("head", {})])
 def test_frozen_leaves_cost_no_gradient_state_or_copy(method, values):
   tuned, lowered, state = _step(method, 4, **values)
@@ -179,6 +180,7 @@ def test_frozen_leaves_cost_no_gradient_state_or_copy(method, values):
   assert memory.temp_size_in_bytes < 0.5 * frozen
 
 
+@pytest.mark.optimised
 def test_memory_of_full_shows_what_a_gradient_would_add():
   tuned, lowered, state = _step("full", 4)
   size = sum(x.nbytes for x in jax.tree.leaves(tuned.trainable))
