@@ -179,9 +179,10 @@ class Examples:
 
   def joined(self, arrays: dict) -> "Examples":
     """Returns the examples, each with its row of some arrays (N, …) beside its own keys."""
-    other = copy.copy(self)
-    other._more = {**self._more, **arrays}
-    return other
+    made = Examples(self._rows, self._preprocess_fn, self.indices, self.lengths, self.report,
+                    self._cache)
+    made._more = {**self._more, **arrays}
+    return made
 
   def __getstate__(self):
     # Worker processes are sent the rows, not the cache: they exist to read what is not in it.
