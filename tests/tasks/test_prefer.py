@@ -343,7 +343,8 @@ def test_a_run_that_goes_on_has_the_reference_already(tiny, tmp_path, monkeypatc
   assert 0 < apart[0] < 1 < apart[1]
 
 
-@pytest.mark.parametrize("loss", ["orpo", "simpo", "cpo", "kto", "reward"])
+@pytest.mark.parametrize("loss", [
+  "orpo", "simpo", "kto", "reward", pytest.param("cpo", marks=pytest.mark.slow)])
 def test_steps_of_every_kind_of_loss_move_answers_apart(folder, loss):
   made = task(folder, loss=loss, beta=0.5)
   rows = batch(made)
