@@ -15,7 +15,7 @@ from tasks import chat_models
 from tasks.chat_models import WORDS
 
 from ft import config as configs
-from ft import errors, evaluate, models, state, train, tune
+from ft import errors, evaluate, judge, models, predict, state, train, tune
 from ft.data import answers, text
 from ft.data import loader as loaders
 from ft.tasks import prefer
@@ -363,6 +363,30 @@ def test_steps_of_every_kind_of_loss_move_answers_apart(folder, loss):
   gained = (after[key] - before[key])[:, :2] / (1 if loss == "reward" else after["tokens"][:, :2])
   assert (gained[:, 0] > gained[:, 1] + 0.05).all()
   assert float(metrics["accuracy"]) == 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["dpo", "reward"])
+def test_finished_runs_score_and_are_judged_on_further_pairs(tiny, tmp_path, loss):
+  run(tiny, tmp_path, ("task.loss", loss), ("train.steps", "6"), ("train.export", "true"))
+  found = judge.judge(tmp_path, str(tiny.with_name("pairs.jsonl")))
+  assert found["n"] == 59 and 0 <= found["metrics"]["accuracy"] <= 1
+  assert "kl_to_reference" not in found["metrics"]  # nobody knows the reference of these
+  rows = [{"turns": [["user", "hi"], ["assistant", "fine thanks"]]}, {"turns": []}]
+  answer, wrong = predict.Predictor(tmp_path)(rows)
+  assert set(answer) == ({"reward"} if loss == "reward" else {"nats_per_token", "tokens"})
+  assert "no turns" in wrong["error"]
+
+
+@pytest.mark.slow
+def test_a_reward_head_alone_learns_from_cached_features(folder, tiny, tmp_path):
+  values = {"model.source": str(folder), "data.train": str(tiny.with_name("pairs.jsonl")),
+            "data.max_length": 24, "task.name": "prefer", "task.loss": "reward",
+            "tune.method": "head", "optim.rate": 0.1, "train.batch": 8, "train.steps": 40,
+            "train.train_sample": 0, "train.export": False, "guard.overfit.resamples": 100}
+  tuned = train.train(configs.complete(values), tmp_path)["results"]["test"]
+  assert tuned["fine-tuned"]["metrics"]["accuracy"] > 0.6
+  assert tuned["probe"]["metrics"]["accuracy"] > 0.6
 
 
 @pytest.mark.parametrize("loss,data,metric", [
