@@ -52,8 +52,8 @@ SECTIONS = {
 }
 TYPES = {"str": str, "int": int, "float": float, "dict": dict, "list": (list, tuple)}
 NOT_COMPONENTS = ("__init__", "sources", "loader", "splits", "adapters", "parts", "peft",
-                  "quantize", "saving", "turns", "tags", "pairs", "packing", "rendering", "spm",
-                  "blend", "lora_peft", "lora_start", "peft_reading")
+                  "quantize", "saving", "turns", "tags", "pairs", "answers", "packing", "rendering",
+                  "spm", "blend", "lora_peft", "lora_start", "peft_reading")
 
 
 @functools.cache

@@ -58,6 +58,9 @@ def conclude(
 ) -> dict:
   """Builds the record of the run, writes its card and tells the terminal; returns the record.
 
+  Where the task has `beside(tuned, pretrained) -> arrays (N, …)`, the tuned outputs of a split get
+  these of both models' outputs, and its metrics may compare the two row by row.
+
   Args:
     outputs: split -> what the tuned model gave.
     baseline: row name -> split -> what no training gives, or None.
@@ -71,6 +74,11 @@ def conclude(
             guards.TUNED: out}
     for split, out in outputs.items()
   }
+  if hasattr(run.task, "beside"):
+    for of in rows.values():
+      if guards.ZERO_SHOT in of:
+        of[guards.TUNED] = {**of[guards.TUNED],
+                            **run.task.beside(of[guards.TUNED], of[guards.ZERO_SHOT])}
   evidence = guards.Evidence(
     metric=metric, mode=mode, selection=run.task.metric, history=host["history"], outputs=rows,
     score=run.task.score,

@@ -124,14 +124,16 @@ def loader(run: Run, examples, size: int, training: bool = False, buckets=None) 
 def extract_features(run: Run, examples: dict, frozen, mutable, tuned) -> dict:
   """What the task's baselines are made of, of the untuned model: split -> arrays (N, …).
 
-  Where that is what the label head reads, of train too: baselines and the head may learn from it.
+  Where that is what the label head reads, of train too: baselines and the head may learn from it;
+  and where the loss compares with the untuned model, see `refer`.
   """
   untouched = state.State(None, None, tuned.trainable, mutable, None, None)
   apply = state.make_apply(run.pretrained.module, tuned.reader)
   step = state.make_predict_step(
     run.task.features, apply, tuned.combine, mesh.replicated(run.mesh)
   )
-  c, left_out = run.config.train, () if run.task.head_features else ("train",)
+  c, task = run.config.train, run.task
+  left_out = () if task.head_features or getattr(task, "refer", None) else ("train",)
   load = {
     name: loader(run, part, c.batch if name == "train" else c.eval_batch or 2 * c.batch)
     for name, part in examples.items() if name not in left_out
@@ -139,6 +141,16 @@ def extract_features(run: Run, examples: dict, frozen, mutable, tuned) -> dict:
   return evaluate.once(
     run.folder / evaluate.FEATURES, step, untouched, frozen, load, run.place, run.poll
   )
+
+
+def refer(run: Run, examples: dict, features: dict) -> dict:
+  """The examples, with what the task's loss and metrics need to know of the untuned model.
+
+  A task takes part by `refer(outputs) -> arrays (N, …)`, whose outputs are those of its `features`.
+  The model runs once over each row before training, and a run that goes on finds the outputs in its
+  folder: no second model is held beside the one that trains.
+  """
+  return {name: part.joined(run.task.refer(features[name])) for name, part in examples.items()}
 
 
 def probe_gradient(run: Run, examples: dict):

@@ -33,7 +33,7 @@ from ft import (
 )
 from ft.data import loader as loaders
 from ft.preempt import Preemption
-from ft.run import Run, extract_features, make_loaders, prepare, probe_gradient
+from ft.run import Run, extract_features, make_loaders, prepare, probe_gradient, refer
 
 KEYS = {
   "batch": (32, "rows in a step, over all devices and micro-batches", (1, None)),
@@ -90,7 +90,8 @@ def train(config, folder: os.PathLike, command: str = "") -> dict | None:
     # What no training gets; with a frozen body the same features serve to train the head.
     features = baseline = None
     only_head = tuned.only_head and run.task.head_features
-    if config.train.baselines or only_head:
+    compares = getattr(run.task, "refer", None)
+    if config.train.baselines or only_head or compares:
       features = extract_features(run, examples, frozen, mutable, tuned)
     if config.train.baselines:
       known = generation.before(run, examples, features, frozen, mutable, tuned)
@@ -98,6 +99,8 @@ def train(config, folder: os.PathLike, command: str = "") -> dict | None:
     run.lap("baselines")
     if only_head and not run.preprocess.augments:
       examples = {name: loaders.from_arrays(arrays) for name, arrays in features.items()}
+    if compares:
+      examples = refer(run, examples, features)
 
     # What keeps it close to what was known, or from learning the rows by heart.
     load = make_loaders(run, examples)

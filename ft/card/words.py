@@ -9,7 +9,7 @@ _ORDER = ("gained", "did not gain", "lost", "not measured")
 METRICS = {"macro_f1": "macro-F1", "auroc": "AUROC", "log_loss": "log-loss", "ece": "ECE",
            "nats_per_token": "nats/token", "bits_per_byte": "bits/byte",
            "bleu": "BLEU", "chrf": "chrF", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2",
-           "rouge_l": "ROUGE-L",
+           "rouge_l": "ROUGE-L", "kl_to_reference": "KL to the reference, nats/token (estimate)",
            "entity_f1": "entity F1", "mrr": "MRR", "ndcg@10": "nDCG@10", "mae": "MAE",
            "rmse": "RMSE", "r2": "R²", "spearman": "Spearman's ρ",
            "unknown_auroc": "AUROC of known against unknown (softmax)",

@@ -138,7 +138,7 @@ class Examples:
   """
 
   def __init__(self, rows, preprocess_fn, indices, lengths, report, cache):
-    self._rows, self._preprocess_fn, self._cache = rows, preprocess_fn, cache
+    self._rows, self._preprocess_fn, self._cache, self._more = rows, preprocess_fn, cache, {}
     self.indices, self.lengths, self.report = indices, lengths, report
 
   def __len__(self):
@@ -146,6 +146,11 @@ class Examples:
 
   def __getitem__(self, i: int) -> dict:
     """Returns example i, to be read only: it may be the one in the cache."""
+    example = self._read(i)
+    return example | {key: values[i] for key, values in self._more.items()} if self._more else (
+        example)
+
+  def _read(self, i: int) -> dict:
     if i in self._cache:
       return self._cache[i]
     row = int(self.indices[i])
@@ -168,8 +173,16 @@ class Examples:
     """Returns these of the examples, (M,) positions among them, with the same cache entries."""
     cache = {new: self._cache[i] for new, i in enumerate(map(int, positions)) if i in self._cache}
     report = {"rows": self.report.get("rows", len(self)), "used": len(positions)}
-    return Examples(self._rows, self._preprocess_fn, self.indices[positions],
-                    None if self.lengths is None else self.lengths[positions], report, cache)
+    chosen = Examples(self._rows, self._preprocess_fn, self.indices[positions],
+                      None if self.lengths is None else self.lengths[positions], report, cache)
+    return chosen.joined({key: values[positions] for key, values in self._more.items()})
+
+  def joined(self, arrays: dict) -> "Examples":
+    """Returns the examples, each with its row of some arrays (N, …) beside its own keys."""
+    made = Examples(self._rows, self._preprocess_fn, self.indices, self.lengths, self.report,
+                    self._cache)
+    made._more = {**self._more, **arrays}
+    return made
 
   def __getstate__(self):
     # Worker processes are sent the rows, not the cache: they exist to read what is not in it.

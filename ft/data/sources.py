@@ -31,8 +31,8 @@ KEYS = {
     "extra": (None, "name -> source of a further test set, never trained on; see read", "dict"),
     "format": ("", "how files are written; by their suffix when empty",
                ["", "csv", "tsv", "jsonl", "text", "conll", "parquet", "npz", "images", "tfds"]),
-    "columns": (None, "role (text, text_b, negative, words, target, turns, label, image, group, id)"
-                " -> its column", "dict"),
+    "columns": (None, "role (text, text_b, negative, words, target, turns, prompt, chosen, "
+                "rejected, completion, label, image, group, id) -> its column", "dict"),
     "header": (True, "whether the first line of a CSV or TSV file names the columns"),
     "names": (None, "names of the columns, for CSV and TSV files without a header", "list"),
     "encoding": ("utf-8", "encoding of text files"),
@@ -50,11 +50,13 @@ KEYS = {
     "unknown": ((), "labels that are never trained; the split open is test with their rows"),
     "limit": (0, "most rows a split keeps, for trial runs; 0 for all", (0, None)),
 }
-ROLES = ("text", "text_b", "negative", "words", "target", "turns", "label", "image", "group", "id")
+ANSWERS = ("prompt", "chosen", "rejected", "completion")
+ROLES = ("text", "text_b", "negative", "words", "target", "turns", *ANSWERS, "label", "image",
+         "group", "id")
 TEXTS = ("text", "text_b", "negative", "target")
 INPUTS = ("text", "text_b", "words", "turns", "image")
 # modality -> roles, one is needed
-MODALITY = {"text": ("text", "words", "turns"), "image": ("image",)}
+MODALITY = {"text": ("text", "words", "turns", "chosen", "completion"), "image": ("image",)}
 CARVED = {"validation": "validation_fraction", "test": "test_fraction"}
 _BINARIZE = ("column", "at", "margin", "labels")
 _OWN = ("format", "columns", "header", "names", "encoding", "quoting")
@@ -65,7 +67,8 @@ class Rows:
   """Some rows of one source: `rows[i]` is a dict role -> value, `rows.where(i)` where it stands.
 
   Values: text, text_b, negative (what text_b is better than) and target str; words a list of str;
-  turns a list, see ft.data.turns; label str, int or a list of them (None: there is none); image a
+  turns a list, see ft.data.turns; prompt, chosen, rejected and completion str or a list, see
+  ft.data.answers; label str, int or a list of them (None: there is none); image a
   Path, encoded bytes or an array; group and id as in the source.
   """
 
@@ -83,6 +86,9 @@ class Rows:
     row = {role: record.get(column) for role, column in self.roles.items()}
     for role in TEXTS:
       if role in row:
+        row[role] = _text(row[role])
+    for role in ANSWERS:
+      if isinstance(row.get(role), bytes):
         row[role] = _text(row[role])
     if self.binarize:
       row["label"] = self.binarize["labels"][self.rating(i) > self.binarize["at"]]
@@ -463,7 +469,7 @@ def _identities(rows: Rows) -> list[bytes | None]:
   keys = []
   for i, row in enumerate(rows):
     value = [row[role] for role in ("text", "text_b", "image") if row.get(role) is not None]
-    value += [repr(row[role]) for role in ("turns", "words") if role in row]
+    value += [repr(row[role]) for role in ("turns", "words", *ANSWERS) if role in row]
     if images[i] in files:  # only files of one size can be equal, so only those are read
       path = images[i]
       value = path.read_bytes() if sizes[path.stat().st_size] > 1 else str(path)

@@ -47,6 +47,7 @@ class Preprocess:
     pad: key -> value that fills a batch up.
     buckets: lengths to pad to, the last one is max_length.
     info: what models.inspect said; of a finished run folder and hf_config only.
+    speakers: who speaks in turns -> role, see `turns.messages`.
     tokenizer: a tokenizers.Tokenizer, which cuts at max_length where truncation says so.
     target_tokenizer: of texts that the model writes: that one, or a Marian model's second one.
     counts: {"truncated": examples that were cut, "too_long": examples refused for their length}.
@@ -69,7 +70,7 @@ class Preprocess:
     self._tokenizer, self.target_tokenizer = read.tokenizer, read.target or read.tokenizer
     self._special = {i: token.content for i, token in
                      self._tokenizer.get_added_tokens_decoder().items() if token.special}
-    self._speakers = dict((getattr(config, "speakers", None) or {}).items())
+    self.speakers = dict((getattr(config, "speakers", None) or {}).items())
     self._render = turns.renderer(info.folder or ".", settings)
     self._check(info.hf_config or {}, settings, info.folder)
     self._segments = _has_segments(info.hf_config or {}, settings)
@@ -98,14 +99,22 @@ class Preprocess:
     Raises:
       UserError: the checkpoint has no chat template, or its template fails; see `turns.Renderer`.
     """
+    text, spans = self.spoken(self.messages(row))
+    encoding = self._fitting(text, self._tokens(text, None, special=False))
+    return text, encoding, turns.token_mask(encoding.offsets, spans)
+
+  def spoken(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+    """Returns the text of messages, and from where to where each reply stands, its end included.
+
+    Raises:
+      UserError: the checkpoint has no chat template, or its template fails; see `turns.Renderer`.
+    """
     if self._render is None:
       raise errors.UserError(
           f"{self.info.folder}: this checkpoint has no chat template; put the one it was trained "
           "with into chat_template.jinja beside its tokenizer")
-    text, spans = self._render.spans(self.messages(row))
-    encoding = self._fitting(text, self._tokens(text, None, special=False))
-    spans = turns.spoken(text, spans, tuple(self._special.values()))
-    return text, encoding, turns.token_mask(encoding.offsets, spans)
+    text, spans = self._render.spans(messages)
+    return text, turns.spoken(text, spans, tuple(self._special.values()))
 
   def _fitting(self, text: str, encoding):
     """Returns the encoding of a text; counts one that was cut, refuses one that is too long."""
@@ -119,7 +128,7 @@ class Preprocess:
 
   def messages(self, row: dict) -> list[dict[str, str]]:
     """Returns the turns of a row as messages; see `turns.messages`."""
-    return turns.messages(row.get("turns"), self._speakers)
+    return turns.messages(row.get("turns"), self.speakers)
 
   def count(self, what: str) -> None:
     """Counts an example under a name that the log and the card show."""
@@ -222,7 +231,7 @@ class Preprocess:
     """Returns what `from_spec` needs, as JSON; the tokenizer itself is saved with the model."""
     return {"modality": "text", "max_length": self.max_length, "truncation": self.truncation,
             "buckets": list(self.buckets), "columns": self.columns,
-            "speakers": self._speakers, "tokenizer": _fingerprint(self._tokenizer)}
+            "speakers": self.speakers, "tokenizer": _fingerprint(self._tokenizer)}
 
   @classmethod
   def from_spec(cls, spec: dict, folder) -> "Preprocess":

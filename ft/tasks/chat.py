@@ -203,18 +203,27 @@ class Task(lm.Task):
 
   # On the host, over whole splits.
 
+  def beside(self, tuned: dict, pretrained: dict) -> dict:
+    """Returns {"known_nll": (N,)}, the pretrained model's nll of each row, where it is known."""
+    del tuned
+    return {"known_nll": pretrained["nll"]} if "nll" in pretrained else {}
+
   def metrics(self, outputs: dict) -> dict[str, float]:
     """Returns the metrics of a split: nats_per_token and perplexity of the assistant's tokens.
 
-    Of replies that were written also slot_recall, the share of the true replies' names and numbers
-    that they have word for word, and distinct_1 and distinct_2, different n-grams of words over all
-    of them (Li et al. 2016, arXiv:1510.03055).
+    Where the pretrained model's outputs are known, win_rate: the share of conversations whose true
+    replies are likelier than they were before, a token. Of replies that were written also
+    slot_recall, the share of the true replies' names and numbers that they have word for word, and
+    distinct_1 and distinct_2, different n-grams of words over all of them (Li et al. 2016,
+    arXiv:1510.03055).
 
     Args:
-      outputs: "nll" and "tokens" (N,); of replies "generated" (N,), 1 where there is one, "answer"
-        (N, K), "answer_length" (N,) and "slots" (N, 2). Each group may be absent.
+      outputs: "nll" and "tokens" (N,); "known_nll" (N,); of replies "generated" (N,), 1 where there
+        is one, "answer" (N, K), "answer_length" (N,) and "slots" (N, 2). Each may be absent.
     """
     found = super().metrics(outputs) if "nll" in outputs else {}
+    if "known_nll" in outputs:
+      found["win_rate"] = float(np.mean(outputs["nll"] < outputs["known_nll"]))
     if "generated" not in outputs:
       return found
     rows = np.flatnonzero(outputs["generated"])
@@ -225,12 +234,17 @@ class Task(lm.Task):
             **{f"distinct_{n}": distinct(replies, n) for n in (1, 2)}}
 
 
+def values_in(text: str) -> set[str]:
+  """Returns the names (capitals within a sentence) and whatever has a digit, of a text."""
+  return {value.rstrip(".,:-") for value in _SLOT.findall(text)}
+
+
 def slots(reply: str, written: str) -> tuple[int, int]:
   """Returns (those that a written reply has word for word, all) names and numbers of a reply.
 
   Each counts once.
   """
-  values = {value.rstrip(".,:-") for value in _SLOT.findall(reply)}
+  values = values_in(reply)
   kept = [value for value in values
           if re.search(rf"(?<!\w){re.escape(value)}(?!\w)", written)]
   return len(kept), len(values)

@@ -311,6 +311,7 @@ def get_config():
   card = json.loads((out / "card.json").read_text())
   tuned, base = (card["results"]["test"][row]["metrics"] for row in ("fine-tuned", "zero-shot"))
   assert tuned["nats_per_token"] < base["nats_per_token"] / 3
+  assert tuned["win_rate"] == 1.0 and "win_rate" not in base
   assert tuned["slot_recall"] > base["slot_recall"] and 0 < tuned["distinct_1"] <= 1
   assert len(card["samples"]) == 4 and "7:30" in card["samples"][0]["reply"]
 
