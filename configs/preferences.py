@@ -1,6 +1,6 @@
 """Preferences: SmolLM2 with LoRA and DPO learns to prefer the true reply of a service dialogue.
 
-    for part in train dev test; do python scripts/prepare.py --speaker=SYSTEM --rows=400 \
+    for part in train dev test; do python scripts/prepare.py --speaker=SYSTEM --rows=400 \\
       --dialogues=../shared/data/chat-sgd/sgd_$part.jsonl --output=runs/pairs/$part.jsonl; done
     python scripts/train.py --config=configs/preferences.py --workdir=runs/preferences
 
