@@ -53,7 +53,7 @@ SECTIONS = {
 TYPES = {"str": str, "int": int, "float": float, "dict": dict, "list": (list, tuple)}
 NOT_COMPONENTS = ("__init__", "sources", "loader", "splits", "adapters", "parts", "peft",
                   "quantize", "saving", "turns", "tags", "pairs", "packing", "rendering", "blend",
-                  "lora_peft", "lora_start", "peft_reading")
+                  "lora_peft", "lora_start", "peft_reading", "panel", "timeline", "windows")
 
 
 @functools.cache

@@ -170,17 +170,21 @@ def _decomposes(evidence, outputs):
 def _interval(evidence, outputs, resamples):
   if not _count(outputs):
     return float("nan"), float("nan")
+  blocks = evidence.blocks and evidence.blocks(outputs)
   if _decomposes(evidence, outputs):
-    return stats.bootstrap(evidence.score(outputs), resamples)
-  return stats.bootstrap_metric(_metric(evidence), outputs, resamples)
+    return stats.bootstrap(evidence.score(outputs), resamples, blocks=blocks)
+  return stats.bootstrap_metric(_metric(evidence), outputs, resamples, blocks=blocks)
 
 
 def _paired(evidence, tuned, baseline, resamples):
   if not _count(tuned):
     return (float("nan"),) * 3
+  blocks = evidence.blocks and evidence.blocks(tuned)
   if _decomposes(evidence, tuned) and _decomposes(evidence, baseline):
-    return stats.paired_bootstrap(evidence.score(tuned), evidence.score(baseline), resamples)
-  return stats.paired_bootstrap_metric(_metric(evidence), tuned, baseline, resamples)
+    return stats.paired_bootstrap(evidence.score(tuned), evidence.score(baseline), resamples,
+                                  blocks=blocks)
+  return stats.paired_bootstrap_metric(_metric(evidence), tuned, baseline, resamples,
+                                       blocks=blocks)
 
 
 def _metric(evidence):
