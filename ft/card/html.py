@@ -91,7 +91,18 @@ def _results(record):
     panels.append(el.figure([h("b", name(split)), f" {unit}, n = {count:,}"],
                           charts.intervals(rows, metric, low, high, f"{split}, {unit}: {said}")))
   return join([h("div", panels, cls="figures"), _results_table(record, splits, unit),
-               _more_metrics(record), _tradeoff(record)])
+               _more_metrics(record), _resampled(record), _tradeoff(record)])
+
+
+def _resampled(record):
+  """What the intervals of scores resample, and what the intervals of forecasts hold."""
+  said, made = [], record.get("intervals") or {}
+  if record["task"].get("resampled"):
+    said.append(f"Intervals of scores resample {record['task']['resampled']}.")
+  for split, share in (made.get("coverage") or {}).items():
+    said.append(f"Forecast intervals that hold {100 * made['level']:.0f} % of validation hold "
+                f"{100 * share:.1f} % of {split}.")
+  return h("p", " ".join(said), cls="soft") if said else None
 
 
 def _tradeoff(record):
