@@ -1,11 +1,14 @@
 """Forecasting: scores against gluonts, losses against torch, the future out of reach, a run."""
 
 import datetime
+import functools
 import importlib.util
 import json
 import os
+import pathlib
 import subprocess
 import sys
+import tempfile
 import types
 
 import jax
@@ -35,6 +38,7 @@ FAMILIES = {
 }
 
 
+@functools.cache
 def export(folder, family, seed=3):
   """Writes a random model and returns it as loaded from there."""
   module = models.family_module(family)
@@ -62,8 +66,19 @@ def table(path, steps=160, channels=3, seed=0, change=lambda values: values):
   return path
 
 
-def make(folder, family="ttm", path=None, task=(), **data):
+@functools.cache
+def _folder():
+  return tempfile.TemporaryDirectory()
+
+
+def zoo():
+  """Returns the folder of the random models, which are made once."""
+  return pathlib.Path(_folder().name)
+
+
+def make(family, path, task=(), **data):
   """Returns (task, data, model) of a table."""
+  folder = zoo()
   pretrained = export(folder / family, family)
   section = config_lib.complete({
     "data.modality": "series", "task.name": "forecast", "data.train": str(path),
@@ -82,9 +97,8 @@ def batch(task, rows, count=5):
 
 
 def call(pretrained):
-  def apply(variables, inputs, rng=None):
-    return pretrained.module.apply(variables, **inputs)
-  return apply
+  run = jax.jit(lambda variables, inputs: pretrained.module.apply(variables, **inputs))
+  return lambda variables, inputs, rng=None: run(variables, inputs)
 
 
 # ---- Scores --------------------------------------------------------------------------------------
@@ -144,7 +158,7 @@ def test_scores_are_those_of_gluonts(gluonts):
 
 
 def test_the_seasonal_error_is_that_of_gluonts(gluonts, tmp_path):
-  task, rows, _ = make(tmp_path, path=table(tmp_path / "a.csv"), seasonality=8)
+  task, rows, _ = make("ttm", table(tmp_path / "a.csv"), seasonality=8)
   for i in (0, 20):
     row = rows.splits["test"][i]
     window = row["window"]
@@ -178,7 +192,7 @@ def test_scores_by_hand():
   ("mse", "mse_loss"), ("mae", "l1_loss"), ("huber", "huber_loss")])
 def test_point_losses_equal_torch(loss, function, tmp_path):
   torch = pytest.importorskip("torch")
-  task, rows, _ = make(tmp_path, path=table(tmp_path / "a.csv"), task={"loss": loss})
+  task, rows, _ = make("ttm", table(tmp_path / "a.csv"), {"loss": loss})
   rows = batch(task, rows.splits["train"])
   rows["weight"][4] = 0
   said = np.random.default_rng(0).normal(size=rows["future_values"].shape).astype(np.float32)
@@ -192,7 +206,7 @@ def test_point_losses_equal_torch(loss, function, tmp_path):
 
 
 def test_missing_targets_carry_no_loss(tmp_path):
-  task, rows, _ = make(tmp_path, path=table(tmp_path / "a.csv"))
+  task, rows, _ = make("ttm", table(tmp_path / "a.csv"))
   rows = batch(task, rows.splits["train"], 2)
   rows["future_observed"] = rows["future_observed"].copy()
   rows["future_observed"][0, 1:] = 0
@@ -207,7 +221,7 @@ def test_missing_targets_carry_no_loss(tmp_path):
 
 
 def test_the_loss_of_quantiles_is_the_crps(tmp_path):
-  task, rows, pretrained = make(tmp_path, "chronos_bolt", table(tmp_path / "a.csv"),
+  task, rows, pretrained = make("chronos_bolt", table(tmp_path / "a.csv"),
                                 {"metric": "crps"})
   assert task.levels == LEVELS
   rows = batch(task, rows.splits["train"])
@@ -234,7 +248,7 @@ def test_future_values_cannot_reach_a_forecast(family, tmp_path):
   for name, change in (("real", lambda v: v), ("other", lambda v: np.where(
       np.arange(len(v))[:, None] >= 140, 1e4 * np.cos(np.arange(len(v)))[:, None], v))):
     path = table(tmp_path / f"{name}.csv", change=change)
-    task, rows, pretrained = make(tmp_path, family, path, {"neighbours": 0.3},
+    task, rows, pretrained = make(family, path, {"neighbours": 0.3},
                                   adjacency=str(adjacency))
     test = rows.splits["test"]
     near = test.select(np.flatnonzero((test.places[:, 1] > 130) & (test.places[:, 1] <= 140)))
@@ -256,7 +270,7 @@ def test_future_values_cannot_reach_a_forecast(family, tmp_path):
 
 
 def test_a_shorter_context_and_horizon(tmp_path):
-  task, rows, pretrained = make(tmp_path, "patchtst", table(tmp_path / "a.csv"), context=10,
+  task, rows, pretrained = make("patchtst", table(tmp_path / "a.csv"), context=10,
                                 horizon=3)
   rows = batch(task, rows.splits["train"])
   assert rows["past_values"].shape[1] == 10 and rows["future_values"].shape[1] == 3
@@ -270,7 +284,7 @@ def test_a_shorter_context_and_horizon(tmp_path):
 
 def test_neighbours_are_mixed_in_and_the_level_stays(tmp_path):
   (tmp_path / "near.csv").write_text("from,to,weight\na,b,1\na,c,3\nb,a,1\n")
-  task, _, _ = make(tmp_path, path=table(tmp_path / "a.csv"), task={"neighbours": 0.5},
+  task, _, _ = make("ttm", table(tmp_path / "a.csv"), {"neighbours": 0.5},
                     adjacency=str(tmp_path / "near.csv"))
   past = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
   mixed = np.asarray(task._mixed(jnp.asarray(past)))
@@ -282,7 +296,7 @@ def test_neighbours_are_mixed_in_and_the_level_stays(tmp_path):
 
 
 def test_divergence_is_zero_at_the_base(tmp_path):
-  task, rows, pretrained = make(tmp_path, path=table(tmp_path / "a.csv"))
+  task, rows, pretrained = make("ttm", table(tmp_path / "a.csv"))
   rows = batch(task, rows.splits["train"])
   moved = jax.tree.map(lambda x: x + 0.1, pretrained.variables)
   apply = call(pretrained)
@@ -346,7 +360,7 @@ def test_baselines_of_etth1_are_the_published_ones(shared):
 
 
 def test_baselines_are_judged_on_the_same_windows(tmp_path):
-  task, rows, pretrained = make(tmp_path, path=table(tmp_path / "a.csv"), train_share=0.1)
+  task, rows, pretrained = make("ttm", table(tmp_path / "a.csv"), train_share=0.1)
   known = {}
   for name in ("validation", "test"):
     part = rows.splits[name]
@@ -370,7 +384,7 @@ def test_baselines_are_judged_on_the_same_windows(tmp_path):
 
 
 def test_intervals_come_from_validation_and_answers_have_units(tmp_path):
-  task, rows, _ = make(tmp_path, path=table(tmp_path / "a.csv"))
+  task, rows, _ = make("ttm", table(tmp_path / "a.csv"))
   rng = np.random.default_rng(0)
   away = rng.normal(size=(400, HORIZON, 3)) * np.arange(1, HORIZON + 1)[:, None]
   out = {"forecast": np.zeros_like(away), "target": away, "observed": np.ones_like(away)}
@@ -388,7 +402,7 @@ def test_intervals_come_from_validation_and_answers_have_units(tmp_path):
 
 
 def test_intervals_resample_blocks_of_time(tmp_path):
-  task, rows, _ = make(tmp_path, path=table(tmp_path / "a.csv"), seasonality=8)
+  task, rows, _ = make("ttm", table(tmp_path / "a.csv"), seasonality=8)
   part = rows.splits["test"]
   blocks = task.blocks(batch(task, part, len(part)))
   assert np.array_equal(blocks, part.places[:, 1] // 8)
@@ -401,7 +415,7 @@ def test_intervals_resample_blocks_of_time(tmp_path):
 ])
 def test_keys_that_do_not_fit(tmp_path, task, said):
   with pytest.raises(errors.UserError, match=said):
-    make(tmp_path, path=table(tmp_path / "a.csv"), task=task)
+    make("ttm", table(tmp_path / "a.csv"), task)
 
 
 # ---- A run ---------------------------------------------------------------------------------------
@@ -416,12 +430,12 @@ def script(folder, name, *flags, status=0):
 
 
 def test_a_run_from_file_to_forecast(tmp_path):
-  export(tmp_path / "ttm", "ttm")
+  export(zoo() / "ttm", "ttm")
   path = table(tmp_path / "a.csv", steps=240)
   (tmp_path / "tiny.py").write_text(f"""
 def get_config():
   return dict(
-    model=dict(source={str(tmp_path / 'ttm')!r}),
+    model=dict(source={str(zoo() / 'ttm')!r}),
     data=dict(modality="series", train={str(path)!r}, seasonality=8, stride=2),
     task=dict(name="forecast", steps=(1, 4)), optim=dict(rate=1e-2),
     guard=dict(overfit=dict(resamples=100)),
@@ -445,7 +459,3 @@ def get_config():
   judged = json.loads(script(tmp_path, "evaluate", f"--run={run}", f"--data={path}").stdout)
   assert judged["n"] == len(range(CONTEXT, 240 - HORIZON + 1, 2))
   assert np.isfinite(judged["interval"]["mse"]).all()
-  (tmp_path / "short.csv").write_text("\n".join(path.read_text().splitlines()[:30]))
-  done = script(tmp_path, "train", f"--config={tmp_path / 'tiny.py'}", f"--workdir={tmp_path / 'b'}",
-                f"--config.data.train={tmp_path / 'short.csv'}", status=2)
-  assert "no window of validation fits" in done.stderr and "Traceback" not in done.stderr
