@@ -7,7 +7,8 @@
 
 TinyTimeMixer (Ekambaram et al. 2024), 1024 steps read. data: etth1 (Zhou et al. 2021, transformer
 load and temperature, hourly; CC BY-ND 4.0) with its borders, 12, 4 and 4 months of 30 days; weather
-(Chen 2015, UCI: Beijing PM2.5 and weather, hourly, 2010 to 2014; CC BY 4.0): three years, one, one.
+(Chen 2015, UCI: Beijing PM2.5 and weather, hourly, 2010 to 2014; CC BY 4.0): three years, one, one, judged by
+a forecast each midnight.
 share: of the training windows, the newest (few-shot); 1 for all. traffic: a wide CSV of sensors
 whose zeros are failures, split 0.7/0.1/0.2 by time; an hour ahead in steps of five minutes, scored
 at 15, 30 and 60; neighbours: CSV of an adjacency. model: any of the series families.
@@ -22,7 +23,7 @@ def get_config(data="etth1", share="0.05", traffic="", neighbours="",
     weather=dict(
       train=f"{folder}/forecast-weather/pollution.csv", time=("year", "month", "day", "hour"),
       time_format="%Y %m %d %H", targets=("pm2.5", "DEWP", "TEMP", "PRES", "Iws"), gaps="mask",
-      borders=("2013-01-01", "2014-01-01"),
+      borders=("2013-01-01", "2014-01-01"), stride=24,
     ),
     traffic=dict(train=traffic, horizon=12, validation_fraction=0.1, test_fraction=0.2,
                  missing=("", "0", "NA", "NaN", "nan"), gaps="mask", adjacency=neighbours),
