@@ -2,16 +2,15 @@
 
     python scripts/train.py --config=configs/forecast.py --workdir=runs/etth1
     python scripts/train.py --config=configs/forecast.py:data=weather --workdir=runs/weather
-    python scripts/train.py --config=configs/forecast.py:traffic=sensors.csv,model=DIR \\
-      --workdir=runs/traffic
+    python scripts/train.py --config=configs/forecast.py:traffic=sensors.csv --workdir=runs/traffic
 
 TinyTimeMixer (Ekambaram et al. 2024), 1024 steps read. data: etth1 (Zhou et al. 2021, transformer
 load and temperature, hourly; CC BY-ND 4.0) with its borders, 12, 4 and 4 months of 30 days; weather
-(Chen 2015, UCI: Beijing PM2.5 and weather, hourly, 2010 to 2014; CC BY 4.0): three years, one, one, judged by
-a forecast each midnight.
-share: of the training windows, the newest (few-shot); 1 for all. traffic: a wide CSV of sensors
-whose zeros are failures, split 0.7/0.1/0.2 by time; an hour ahead in steps of five minutes, scored
-at 15, 30 and 60; neighbours: CSV of an adjacency. model: any of the series families.
+(Chen 2015, UCI: Beijing PM2.5 and weather, hourly, 2010 to 2014; CC BY 4.0): three years, one and
+one, judged by a forecast each midnight. share: of the training windows, the newest (few-shot); 1
+for all. traffic: a wide CSV of sensors whose zeros are failures, split 0.7/0.1/0.2 by time; an hour
+ahead in steps of five minutes, scored at 15, 30 and 60; neighbours: CSV of an adjacency. model: any
+of the series families.
 """
 
 
