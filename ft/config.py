@@ -53,7 +53,8 @@ SECTIONS = {
 TYPES = {"str": str, "int": int, "float": float, "dict": dict, "list": (list, tuple)}
 NOT_COMPONENTS = ("__init__", "sources", "loader", "splits", "adapters", "parts", "peft",
                   "quantize", "saving", "turns", "tags", "pairs", "answers", "packing", "rendering",
-                  "spm", "blend", "lora_peft", "lora_start", "peft_reading")
+                  "spm", "panel", "timeline", "windows", "blend", "lora_peft", "lora_start",
+                  "peft_reading")
 
 
 @functools.cache

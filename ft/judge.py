@@ -34,6 +34,7 @@ def judge(run, source: str, batch: int = 32) -> dict:
   evidence = guards.Evidence(
     metric=metric, mode=mode, outputs={"data": {guards.TUNED: outputs}},
     score=task.score, metrics=task.metrics, value=task.value, count=getattr(task, "count", None),
+    blocks=getattr(task, "blocks", None),
   )
   result = overfit.results(evidence)["data"][guards.TUNED]
   return {
@@ -59,7 +60,7 @@ def loader(run, source: str, predictor) -> loaders.Loader:
     "validation_fraction": 0.0, "test_fraction": 0.0,
   }
   config = config_lib.from_json(values)
-  rows = sources.load(config.data).splits["train"]
+  rows = getattr(predictor.preprocess, "load", sources.load)(config.data).splits["train"]
   for role in predictor.task.needs:
     if role not in rows.roles and not (role == "label" and rows.binarize):
       raise errors.UserError(f"{source}: has no {role}s; scripts/predict.py needs none")

@@ -63,7 +63,7 @@ class Predictor:
       try:
         if isinstance(row, errors.RowError):
           raise row
-        answers[place] = {"id": row["id"]} if "id" in row else {}
+        answers[place] = {key: row[key] for key in ("id", "times") if key in row}
         examples.append(self.example(row))
         where.append(place)
       except errors.RowError as error:

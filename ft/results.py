@@ -83,6 +83,7 @@ def conclude(
     metric=metric, mode=mode, selection=run.task.metric, history=host["history"], outputs=rows,
     score=run.task.score,
     metrics=run.task.metrics, value=run.task.value, count=getattr(run.task, "count", None),
+    blocks=getattr(run.task, "blocks", None),
     extra=tuple(name for name in outputs if name not in ("validation", "test")),
   )
   resamples = run.config.guard.overfit.resamples

@@ -51,12 +51,6 @@ def prepare(config, folder, poll) -> tuple[Run, dict]:
   started = time.monotonic()
   grid = mesh.make(config.mesh)
   mesh.check_batch(grid, config.train.batch, config.train.accumulate)
-  data = sources.load(config.data)
-  for name in {"train", "validation", "test"} - data.splits.keys():
-    raise errors.UserError(
-      f"data: there is no {name} split; name its source in data.{name}, or leave "
-      f"data.{name}_fraction above 0 to carve it out of train"
-    )
   info = models.inspect(config.model.source, config.model.family)
   if info.modality != config.data.modality:
     raise errors.UserError(
@@ -65,6 +59,12 @@ def prepare(config, folder, poll) -> tuple[Run, dict]:
     )
   modality = importlib.import_module(f"ft.data.{config.data.modality}")
   preprocess = modality.Preprocess(config.data, info)
+  data = getattr(preprocess, "load", sources.load)(config.data)
+  for name in {"train", "validation", "test"} - data.splits.keys():
+    raise errors.UserError(
+      f"data: there is no {name} split; name its source in data.{name}, or leave "
+      f"data.{name}_fraction above 0 to carve it out of train"
+    )
   task = importlib.import_module(f"ft.tasks.{config.task.name}").Task(config.task, data, preprocess)
   examples = {}
   for name, rows in data.splits.items():

@@ -30,7 +30,7 @@ def sigmoid(logits):
 # ---- Intervals -----------------------------------------------------------------------------------
 
 
-def bootstrap(score, n=1000, seed=0, level=LEVEL):
+def bootstrap(score, n=1000, seed=0, level=LEVEL, blocks=None):
   """Percentile bootstrap interval of the mean of per-example scores.
 
   Args:
@@ -38,20 +38,28 @@ def bootstrap(score, n=1000, seed=0, level=LEVEL):
     n: number of resamples.
     seed: of the resampling; the same seed gives the same interval.
     level: coverage, 0.95 by default.
+    blocks: (N,) numbers; examples of one number depend on each other (windows that overlap, images
+      of one patient) and are resampled together. None: each example is one of its own.
 
   Returns:
     (lo, hi) floats; (nan, nan) without examples.
   """
   score = np.asarray(score, np.float64).reshape(-1)
-  return _percentiles(_resampled_means(score, n, np.random.default_rng(seed)), level)
+  rng = np.random.default_rng(seed)
+  if blocks is not None and score.size:
+    _, block = np.unique(blocks, return_inverse=True)
+    sums, counts = np.bincount(block, score), np.bincount(block)
+    drawn = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=n)
+    return _percentiles(drawn @ sums / (drawn @ counts), level)
+  return _percentiles(_resampled_means(score, n, rng), level)
 
 
-def paired_bootstrap(a, b, n=1000, seed=0, level=LEVEL):
+def paired_bootstrap(a, b, n=1000, seed=0, level=LEVEL, blocks=None):
   """Mean difference a - b over the same examples, with its paired bootstrap interval.
 
   Args:
     a: (N,) scores of one model. b: (N,) scores of the other on the same rows, same order.
-    n: number of resamples. seed: of the resampling. level: coverage.
+    n: number of resamples. seed: of the resampling. level: coverage. blocks: see `bootstrap`.
 
   Returns:
     (difference, lo, hi) floats in the unit of the scores.
@@ -63,32 +71,32 @@ def paired_bootstrap(a, b, n=1000, seed=0, level=LEVEL):
   if a.shape != b.shape:
     raise ValueError(f"paired scores must be over the same rows: {a.size} against {b.size}")
   difference = a - b
-  lo, hi = bootstrap(difference, n, seed, level)
+  lo, hi = bootstrap(difference, n, seed, level, blocks)
   return (float(difference.mean()) if a.size else float("nan")), lo, hi
 
 
-def bootstrap_metric(fn, arrays, n=1000, seed=0, level=LEVEL):
+def bootstrap_metric(fn, arrays, n=1000, seed=0, level=LEVEL, blocks=None):
   """Percentile bootstrap interval of a metric that is no mean of per-example scores (F1, AUROC).
 
   Args:
     fn: called as fn(*arrays), or fn(arrays) when arrays is a dict, with resampled rows; -> float.
     arrays: tuple, list or dict of arrays that share their first axis, N.
-    n: number of resamples. seed: of the resampling. level: coverage.
+    n: number of resamples. seed: of the resampling. level: coverage. blocks: see `bootstrap`.
 
   Returns:
     (lo, hi) floats over the resamples in which the metric is defined; (nan, nan) if in none.
   """
-  values = [fn_value for fn_value, in _resampled(fn, (arrays,), n, seed)]
+  values = [fn_value for fn_value, in _resampled(fn, (arrays,), n, seed, blocks)]
   return _percentiles(np.asarray(values), level)
 
 
-def paired_bootstrap_metric(fn, a, b, n=1000, seed=0, level=LEVEL):
+def paired_bootstrap_metric(fn, a, b, n=1000, seed=0, level=LEVEL, blocks=None):
   """As `bootstrap_metric`, of fn(a) - fn(b) where a and b hold the same rows in the same order.
 
   Returns:
     (difference, lo, hi) floats.
   """
-  pairs = np.asarray(_resampled(fn, (a, b), n, seed)).reshape(-1, 2)
+  pairs = np.asarray(_resampled(fn, (a, b), n, seed, blocks)).reshape(-1, 2)
   lo, hi = _percentiles(pairs[:, 0] - pairs[:, 1], level)
   return float(_call(fn, a) - _call(fn, b)), lo, hi
 
@@ -122,15 +130,22 @@ def _resampled_means(score, n, rng):
   return np.concatenate(chunks)
 
 
-def _resampled(fn, groups, n, seed):
+def _resampled(fn, groups, n, seed, blocks=None):
   """[(fn(group resampled) for group in groups)] * n, all groups with the same rows."""
   first = groups[0]
   size = len(next(iter(first.values() if isinstance(first, dict) else first)))
   if size == 0:
     return [(float("nan"),) * len(groups)]
   rng = np.random.default_rng(seed)
+  draw = lambda: rng.integers(0, size, size)  # noqa: E731
+  if blocks is not None:
+    _, block = np.unique(blocks, return_inverse=True)
+    order = np.argsort(block, kind="stable")
+    members = np.split(order, np.flatnonzero(np.diff(block[order])) + 1)
+    draw = lambda: np.concatenate(  # noqa: E731
+        [members[i] for i in rng.integers(0, len(members), len(members))])
   return [tuple(_call(fn, _take(group, rows)) for group in groups)
-          for rows in (rng.integers(0, size, size) for _ in range(n))]
+          for rows in (draw() for _ in range(n))]
 
 
 def _take(group, rows):

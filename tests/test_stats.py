@@ -262,3 +262,25 @@ def test_temperature_multi_label(rng):
   logits = 3 * (np.log(probs) - np.log1p(-probs))
   assert stats.fit_temperature(logits, labels) == pytest.approx(3.0, rel=0.05)
   assert stats.ece(probs, labels) < 0.02
+
+
+def test_blocks_are_resampled_together():
+  rng = np.random.default_rng(0)
+  independent = rng.normal(size=200)
+  score, blocks = np.repeat(independent, 9), np.repeat(rng.permutation(200), 9)
+  naive, whole = stats.bootstrap(score, 4000), stats.bootstrap(score, 4000, blocks=blocks)
+  alone = stats.bootstrap(independent, 4000)
+  # Copies of a row tell nothing new: with blocks the interval is that of the rows themselves.
+  assert np.ptp(whole) == pytest.approx(np.ptp(alone), rel=0.05)
+  assert np.ptp(naive) == pytest.approx(np.ptp(alone) / 3, rel=0.05)
+  uneven = np.concatenate([blocks[:5], np.arange(200, 1995)])
+  assert np.ptp(stats.bootstrap(score, 2000, blocks=uneven)) < np.ptp(whole)
+  mean = lambda x: float(np.mean(x))  # noqa: E731
+  by_metric = stats.bootstrap_metric(mean, (score,), 2000, blocks=blocks)
+  assert by_metric == pytest.approx(whole, abs=0.03)
+  other = score + rng.normal(size=200).repeat(9)
+  found = stats.paired_bootstrap(other, score, 2000, blocks=blocks)
+  assert found[0] == pytest.approx((other - score).mean())
+  again = stats.paired_bootstrap_metric(mean, (other,), (score,), 2000, blocks=blocks)
+  assert again == pytest.approx(found, abs=0.03)
+  assert np.ptp(stats.bootstrap(score, 500, blocks=np.zeros(1800))) < 1e-12

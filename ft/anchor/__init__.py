@@ -97,7 +97,8 @@ class Context:
       labelled: whether the task's loss is to be taken of them.
     """
     run, task = self.run, self.run.task
-    rows = sources.read(run.config.data, source, name=key, labelled=labelled)
+    read = getattr(run.preprocess, "read", sources.read)
+    rows = read(run.config.data, source, name=key, labelled=labelled)
     example = task.example if labelled else getattr(task, "unlabelled", task.example)
     return loaders.prepare(rows, example, preprocess=run.preprocess,
                            drop_policy=run.config.data.drop,

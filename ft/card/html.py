@@ -93,7 +93,19 @@ def _results(record):
   signatures = record["task"].get("signatures")
   scored = el.details("How it was scored", el.tree_facts(signatures)) if signatures else None
   return join([h("div", panels, cls="figures"), _results_table(record, splits, unit),
-               _more_metrics(record), scored, _tradeoff(record)])
+               _more_metrics(record), _resampled(record), scored,
+               _tradeoff(record)])
+
+
+def _resampled(record):
+  """What the intervals of scores resample, and what the intervals of forecasts hold."""
+  said, made = [], record.get("intervals") or {}
+  if record["task"].get("resampled"):
+    said.append(f"Intervals of scores resample {record['task']['resampled']}.")
+  for split, share in (made.get("coverage") or {}).items():
+    said.append(f"Forecast intervals that hold {100 * made['level']:.0f} % of validation hold "
+                f"{100 * share:.1f} % of {split}.")
+  return h("p", " ".join(said), cls="soft") if said else None
 
 
 def _tradeoff(record):

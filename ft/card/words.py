@@ -11,7 +11,9 @@ METRICS = {"macro_f1": "macro-F1", "auroc": "AUROC", "log_loss": "log-loss", "ec
            "bleu": "BLEU", "chrf": "chrF", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2",
            "rouge_l": "ROUGE-L", "kl_to_reference": "KL to the reference, nats/token (estimate)",
            "entity_f1": "entity F1", "mrr": "MRR", "ndcg@10": "nDCG@10", "mae": "MAE",
-           "rmse": "RMSE", "r2": "R²", "spearman": "Spearman's ρ",
+           "rmse": "RMSE", "mse": "MSE", "mase": "MASE", "crps": "CRPS",
+           "wql": "WQL", "mape": "MAPE, %", "mae_original": "MAE, own units",
+           "rmse_original": "RMSE, own units", "r2": "R²", "spearman": "Spearman's ρ",
            "unknown_auroc": "AUROC of known against unknown (softmax)",
            "unknown_auroc_energy": "AUROC of known against unknown (energy)"}
 
@@ -75,10 +77,9 @@ def splits_in_order(record):
 def headline(record, split):
   """(baseline name, difference row) that the verdict of a split is about, or (None, None)."""
   rows = (record.get("differences") or {}).get(split) or {}
-  prefix = f"{guards.TUNED} - "
-  keys = sorted((key for key in rows if key.startswith(prefix)),
-                key=lambda key: key != prefix + guards.PROBE)
-  return (keys[0].removeprefix(prefix), rows[keys[0]]) if keys else (None, None)
+  rows = {key: row for key, row in rows.items() if key.startswith(f"{guards.TUNED} - ")}
+  mode = (record.get("task") or {}).get("mode") or "max"
+  return overfit.headline(rows, mode) if rows else (None, None)
 
 
 def judge(record, row):

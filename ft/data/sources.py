@@ -203,18 +203,27 @@ def read(config, spec, *, name: str = "input", base=None, tables: dict | None = 
   Raises:
     UserError: it is absent, empty or malformed, a column is missing, or the slice is wrong.
   """
+  config, content, indices = table(config, spec, base=base, tables=tables)
+  binarize = _binarize(config, content) if labelled else None
+  roles = _roles(config, content, labelled)
+  if config.binarize:
+    roles.pop("label", None)
+  return Rows(name, content, roles, indices, binarize)
+
+
+def table(config, spec, *, base=None, tables: dict | None = None) -> tuple:
+  """Reads a source before its columns get roles; arguments as those of `read`.
+
+  Returns:
+    (the config with what the source says for itself, formats.Table, (n,) the rows its slice takes).
+  """
   config, spec = _own(config, spec)
   location, split, bounds = _parse(spec)
   tables = {} if tables is None else tables
   key = location, split
   if key not in tables:
     tables[key] = _table(config, location, split, base)
-  table = tables[key]
-  binarize = _binarize(config, table) if labelled else None
-  roles = _roles(config, table, labelled)
-  if config.binarize:
-    roles.pop("label", None)
-  return Rows(name, table, roles, _slice(spec, bounds, len(table.records)), binarize)
+  return config, tables[key], _slice(spec, bounds, len(tables[key].records))
 
 
 def _own(config, spec) -> tuple:
@@ -307,7 +316,7 @@ def _roles(config, table: formats.Table, labelled: bool) -> dict[str, str]:
   for role, column in given.items():
     if labelled or role in INPUTS:
       key = "data.group" if role == "group" and config.group else f"data.columns.{role}"
-      _need(table, column, key)
+      need(table, column, key)
   pair = {"source", "target"} <= {*table.columns} and "text" not in table.columns
   named = {"text": "source"} if pair else {}
   roles = {**{role: role for role in ROLES}, **named, **table.roles, **given}
@@ -320,7 +329,8 @@ def _roles(config, table: formats.Table, labelled: bool) -> dict[str, str]:
   return roles
 
 
-def _need(table: formats.Table, column: str, key: str) -> None:
+def need(table: formats.Table, column: str, key: str) -> None:
+  """Raises UserError, in the name of a config key, where a table has no such column."""
   if column not in table.columns:
     raise errors.UserError(
         f"{table.source}: no column {column!r} ({key})"
@@ -343,7 +353,7 @@ def _binarize(config, table: formats.Table) -> dict | None:
     raise errors.UserError(f"data.binarize: at and margin must be numbers: {rule}.") from None
   if "column" not in rule or len(rule["labels"]) != 2:
     raise errors.UserError("data.binarize needs a column, and two labels (below, above).")
-  _need(table, rule["column"], "data.binarize.column")
+  need(table, rule["column"], "data.binarize.column")
   return rule
 
 

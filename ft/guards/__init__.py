@@ -41,6 +41,8 @@ class Evidence:
     value: outputs -> the selection metric alone; it is resampled where the metric is no mean of
       scores, and should then be cheap. Without it `metrics` is used.
     count: outputs -> how many rows the metric is of; None: all of them.
+    blocks: outputs -> (N,) numbers of rows that depend on each other and are resampled together;
+      None: rows are independent.
     extra: names of the splits beyond test that were never trained on, in display order.
     cost: see `ft/guards/cost.py`.
   """
@@ -54,6 +56,7 @@ class Evidence:
   metrics: collections.abc.Callable | None = None
   value: collections.abc.Callable | None = None
   count: collections.abc.Callable | None = None
+  blocks: collections.abc.Callable | None = None
   extra: tuple[str, ...] = ()
   cost: dict = dataclasses.field(default_factory=dict)
 

@@ -36,7 +36,7 @@ def measure(config, evidence):
   elif "best_step" in curve:
     words.append(f"best {chosen} at step {curve['best_step']}, "
                  "train metric not recorded in evaluation mode")
-  for split, name, row in _headlines(compared):
+  for split, name, row in _headlines(compared, evidence.mode):
     words.append(f"{split} {row['verdict']} over the {guards.NAMES.get(name, name)} "
                  f"({signed(row, row['metric'])})")
     verdicts.append(_severity(split, row["verdict"]))
@@ -170,17 +170,21 @@ def _decomposes(evidence, outputs):
 def _interval(evidence, outputs, resamples):
   if not _count(outputs):
     return float("nan"), float("nan")
+  blocks = evidence.blocks and evidence.blocks(outputs)
   if _decomposes(evidence, outputs):
-    return stats.bootstrap(evidence.score(outputs), resamples)
-  return stats.bootstrap_metric(_metric(evidence), outputs, resamples)
+    return stats.bootstrap(evidence.score(outputs), resamples, blocks=blocks)
+  return stats.bootstrap_metric(_metric(evidence), outputs, resamples, blocks=blocks)
 
 
 def _paired(evidence, tuned, baseline, resamples):
   if not _count(tuned):
     return (float("nan"),) * 3
+  blocks = evidence.blocks and evidence.blocks(tuned)
   if _decomposes(evidence, tuned) and _decomposes(evidence, baseline):
-    return stats.paired_bootstrap(evidence.score(tuned), evidence.score(baseline), resamples)
-  return stats.paired_bootstrap_metric(_metric(evidence), tuned, baseline, resamples)
+    return stats.paired_bootstrap(evidence.score(tuned), evidence.score(baseline), resamples,
+                                  blocks=blocks)
+  return stats.paired_bootstrap_metric(_metric(evidence), tuned, baseline, resamples,
+                                       blocks=blocks)
 
 
 def _metric(evidence):
@@ -188,12 +192,27 @@ def _metric(evidence):
   return evidence.value or (lambda outputs: evidence.metrics(outputs)[evidence.metric])
 
 
-def _headlines(compared):
-  """(split, baseline, row) of each split; the baseline is the probe where there is one."""
+def headline(rows, mode="max"):
+  """(baseline, difference row) a verdict is about: the probe, else the hardest one to beat.
+
+  Args:
+    rows: "fine-tuned - <baseline>" -> difference row, not empty.
+    mode: "max" or "min", what is better.
+  """
+  prefix, sign = f"{guards.TUNED} - ", 1 if mode == "max" else -1
+
+  def gain(key):
+    difference = rows[key]["difference"]
+    return (key != prefix + guards.PROBE, sign * difference if _finite(difference) else np.inf)
+
+  key = min((key for key in rows if key.startswith(prefix)), key=gain)
+  return key.removeprefix(prefix), rows[key]
+
+
+def _headlines(compared, mode):
+  """(split, baseline, row) of each split."""
   for split, rows in compared.items():
-    key = f"{guards.TUNED} - {guards.PROBE}"
-    key = key if key in rows else next(iter(rows))
-    yield split, key.removeprefix(f"{guards.TUNED} - "), rows[key]
+    yield split, *headline(rows, mode)
 
 
 def _severity(split, verdict):

@@ -22,6 +22,10 @@ MODEL_TYPES = ("tinytimemixer",)
 # few-shot tuning of the head moves is what the paper moves: all but the backbone.
 HEAD = ("params/classifier", "params/decoder", "params/forecast")
 
+# What granite-tsfm calls the steps of series to a model that is told them; 0 stands for others.
+FREQUENCIES = {"1min": 1, "2min": 2, "5min": 3, "10min": 4, "15min": 5, "30min": 6, "1h": 7,
+               "1d": 8, "1w": 9}
+
 _BATCH, _LAYERNORM = "norm_mlp=BatchNorm|batchnorm", "norm_mlp=LayerNorm|layernorm"
 _TINY = 4  # levels of adaptive patching do not make vectors this short or shorter
 

@@ -190,3 +190,11 @@ def test_keys_can_be_read_without_import():
     keys, = [ast.literal_eval(node.value) for node in tree.body
              if isinstance(node, ast.Assign) and node.targets[0].id == "KEYS"]
     assert all(isinstance(meaning, str) for _, meaning, *_ in keys.values())
+
+
+def test_the_verdict_is_about_the_baseline_that_is_hardest_to_beat():
+  rows = {"fine-tuned - a": {"difference": -0.4}, "fine-tuned - b": {"difference": 0.1},
+          "fine-tuned - c": {"difference": float("nan")}}
+  assert overfit.headline(rows, "min")[0] == "b" and overfit.headline(rows, "max")[0] == "a"
+  rows["fine-tuned - probe"] = {"difference": -9.0}
+  assert overfit.headline(rows, "min")[0] == "probe"
