@@ -11,6 +11,18 @@ one, judged by a forecast each midnight. share: of the training windows, the new
 for all. traffic: a wide CSV of sensors whose zeros are failures, split 0.7/0.1/0.2 by time; an hour
 ahead in steps of five minutes, scored at 15, 30 and 60; neighbours: CSV of an adjacency. model: any
 of the series families.
+
+Measured on ETTh1 with 5 % of the training windows, seed 0, one busy CPU core, 4.8 minutes; MSE of
+2,785 test windows on the standardised scale, 95 % intervals by blocks of time:
+
+  ridge (NLinear)    0.370 [0.323, 0.422], MAE 0.391
+  fine-tuned         0.433 [0.395, 0.470], MAE 0.454
+  seasonal naive     0.512 [0.455, 0.570]
+  pretrained model   0.715 [0.647, 0.787]
+  last value         1.294 [1.113, 1.482]
+
+Fine-tuning improves on the pretrained model and loses to the ridge, and the run says so. The weights
+at hand do not give the 0.362 that is published for TinyTimeMixer, in its authors' own code either.
 """
 
 
