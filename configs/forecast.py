@@ -21,8 +21,8 @@ Measured on ETTh1 with 5 % of the training windows, seed 0, one busy CPU core, 4
   pretrained model   0.715 [0.647, 0.787]
   last value         1.294 [1.113, 1.482]
 
-Fine-tuning improves on the pretrained model and loses to the ridge, and the run says so. The weights
-at hand do not give the 0.362 that is published for TinyTimeMixer, in its authors' own code either.
+Fine-tuning improves on the pretrained model and loses to the ridge, and the run says so. The
+weights at hand do not give the 0.362 published for TinyTimeMixer, in its authors' code neither.
 """
 
 
