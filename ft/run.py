@@ -109,12 +109,13 @@ def loader(run: Run, examples, size: int, training: bool = False, buckets=None) 
   Args:
     buckets: lengths to pad to, in place of those of the run.
   """
-  c = run.config
+  c, augment = run.config, getattr(run.task, "augment", None)  # such as masks drawn anew
+  augment = run.preprocess.augment if run.preprocess.augments else augment
   return loaders.Loader(
     examples, size, seed=c.seed,
     pad={} if examples.lengths is None else run.preprocess.pad,
     buckets=getattr(run.preprocess, "buckets", ()) if buckets is None else buckets,
-    augment=run.preprocess.augment if training and run.preprocess.augments else None,
+    augment=augment if training else None,
     shuffle=training,
     process_index=jax.process_index(), process_count=jax.process_count(),
     workers=c.data.workers, prefetch=c.data.prefetch,
