@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 from absl import logging
 
-from ft import errors, evaluate, mesh, models, state
+from ft import errors, evaluate, mesh, models, state, tune
 from ft.data import loader as loaders
 from ft.data import sources
 
@@ -83,6 +83,18 @@ def prepare(config, folder, poll) -> tuple[Run, dict]:
   run = Run(config, folder, grid, data, task, preprocess, pretrained, first, poll, started)
   run.lap("data and model")
   return run, examples
+
+
+def accompany(run: Run, tuned: tune.Tuned) -> tune.Tuned:
+  """Adds the variables that the task has beside the model's, such as a teacher's.
+
+  Where the task has `company(pretrained, tuned, sharding) -> (trainable, frozen)`, it finds both
+  joined in variables["company"]. They are in no export, the frozen ones in no checkpoint either.
+  """
+  if not hasattr(run.task, "company"):
+    return tuned
+  sharding = functools.partial(mesh.shard, run.mesh)
+  return tune.accompany(tuned, *run.task.company(run.pretrained, tuned, sharding))
 
 
 def make_loaders(run: Run, examples: dict) -> dict:

@@ -45,8 +45,8 @@ class Task(lm.Task):
     lm.need_text(data, "span_lm")
     info, sentinels = preprocess.info, []
     if not hasattr(models.family_module(info.family).Model, "decode"):
-      raise errors.UserError(f"task.name=span_lm: {info.family} models are no encoder-decoders; use "
-                             "task.name=lm or masked_lm")
+      raise errors.UserError(f"task.name=span_lm: {info.family} models are no encoder-decoders; "
+                             "use task.name=lm or masked_lm")
     find = preprocess.tokenizer.token_to_id
     while (number := find(_SENTINEL.format(len(sentinels)))) is not None:
       sentinels.append(int(number))
