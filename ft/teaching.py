@@ -142,9 +142,7 @@ class Match:
         raise errors.UserError(f"task.hidden_layers: {word!r}; expected student:teacher, from 0:0 "
                                f"to {ours - 1}:{theirs - 1}")
       pairs.append((int(found[1]), int(found[2])))
-    if not given:
-      pairs = [(i, round((i + 1) * theirs / ours) - 1) for i in range(ours)]
-    return cls(tuple(pairs), cosine, (width, wide))
+    return cls(tuple(pairs or spread(ours, theirs)), cosine, (width, wide))
 
   def projections(self) -> dict:
     """Returns what maps the student's states to the teacher's: identities, or near to it."""
@@ -173,6 +171,11 @@ class Match:
     return total / (len(self.pairs) * jnp.maximum(jnp.sum(weights), 1e-9))
 
 
+def spread(ours: int, theirs: int) -> list[tuple[int, int]]:
+  """Returns (student's layer, teacher's) of all the student's, evenly, the last with the last."""
+  return [(i, max(round((i + 1) * theirs / ours) - 1, 0)) for i in range(ours)]
+
+
 def own_words(write: Callable, variables, batch: dict, rng) -> dict:
   """Returns the batch with texts that a model continues itself: on-policy rows.
 
@@ -189,7 +192,7 @@ def own_words(write: Callable, variables, batch: dict, rng) -> dict:
     "input_ids", "attention_mask" (B, T + K), "loss_mask", 1 for what the model wrote, "weight".
   """
   ids, real = batch["input_ids"], batch["attention_mask"]
-  able = real.at[:, 0].set(0)
+  able = real * (jnp.arange(ids.shape[1]) > 0)
   if "loss_mask" in batch:
     marked = batch["loss_mask"] * able
     able = marked * (1 - jnp.pad(marked[:, :-1], ((0, 0), (1, 0))))

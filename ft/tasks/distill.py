@@ -63,6 +63,9 @@ class Task:
       UserError: no teacher, one of another tokenizer, keys that do not go together, or what the own
         task says.
     """
+    if config.on_policy and config.of not in ("lm", "chat"):
+      raise errors.UserError(f"task.on_policy: with task.of={config.of} the student continues no "
+                             "text; set it to 0")
     self._teacher = teaching.Teacher.find(config.teacher, preprocess)
     given = dict((config.own or {}).items())
     section = config_lib.section("task.name", config.of, given)
@@ -70,9 +73,6 @@ class Task:
     self._config, self._match, self._write = config, None, None
     self._smoothing = float(section.get("label_smoothing", 0.0))
     self._words = preprocess.tokenizer.get_vocab_size()
-    if config.on_policy and config.of not in ("lm", "chat"):
-      raise errors.UserError(f"task.on_policy: with task.of={config.of} the student continues no "
-                             "text; set it to 0")
     if config.on_policy and section.packing != "none":
       raise errors.UserError("task.on_policy: the student continues one text a row; set "
                              "task.own.packing=none")
@@ -96,7 +96,7 @@ class Task:
 
   def describe_task(self) -> dict:
     """Returns the card's fields about the task."""
-    return {**self.own.describe_task(), "of": self._config.of, "teacher": self._config.teacher}
+    return {**self.own.describe_task(), "teacher": self._config.teacher}
 
   def company(self, pretrained, tuned, sharding) -> tuple[dict, dict]:
     """Loads the teacher: ({"projections": …} that trains, {"teacher": its variables}).

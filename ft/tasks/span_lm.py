@@ -1,12 +1,13 @@
 """Span corruption: spans of a text are replaced by sentinels, and written in their order.
 
-T5's pretraining (Raffel et al. 2020, arXiv:1910.10683, section 3.1.4), continued on texts of one's
-own. Of "Thank you for inviting me to your party", the model may read "Thank you <extra_id_0> me to
-your <extra_id_1>" and write "<extra_id_0> for inviting <extra_id_1> party". As in t5's
-`random_spans_noise_mask` (Apache-2.0), how many tokens and spans a text loses follows from its
-length, a text begins with what is kept and ends with a span, and lengths are drawn as a random
-partition. Training draws anew for each row in each epoch, from the run's seed, the epoch and the
-row alone; evaluation replaces the same spans of a text whenever it is read.
+T5's pretraining (Raffel et al. 2020, arXiv:1910.10683, section 3.1.4 and figure 2), continued on
+texts of one's own: of "Thank you for inviting me to your party last week" the model may read "Thank
+you <extra_id_0> me to your party <extra_id_1> week" and write "<extra_id_0> for inviting
+<extra_id_1> last <extra_id_2>". How many tokens and spans a text loses follows from its length, as
+in t5's `random_spans_noise_mask` (Apache-2.0), and where is a random partition; the text's last
+token is kept, so that the last span is closed as in the figure. Training draws anew for each row in
+each epoch, from the run's seed, the epoch and the row alone; evaluation replaces the same spans of
+a text whenever it is read.
 
 Shapes: B batch, T tokens of a target, S tokens of the input, D hidden size.
 """
@@ -52,7 +53,7 @@ class Task(lm.Task):
       sentinels.append(int(number))
     hf = info.hf_config or {}
     start = hf.get("decoder_start_token_id", hf.get("pad_token_id"))
-    if not sentinels:
+    if len(sentinels) < 2:
       raise errors.UserError(f"task.name=span_lm: the tokenizer in {info.folder} has no sentinels "
                              "(<extra_id_0>, …); use a T5, or task.name=seq2seq with pairs")
     if start is None or hf.get("eos_token_id") is None:
@@ -119,7 +120,7 @@ class Task(lm.Task):
     """Returns how many tokens and spans a text of this length loses."""
     tokens = min(max(round(length * self._spec["noise_rate"]), 1), length - 1)
     count = max(round(tokens / self._spec["mean_span"]), 1)
-    return tokens, min(count, tokens, length - tokens, len(self._spec["sentinels"]))
+    return tokens, min(count, tokens, length - tokens, len(self._spec["sentinels"]) - 1)
 
   def show(self, example: dict) -> str:
     """Returns an example as the model reads it, and what it should write in ⟦ ⟧."""
@@ -144,13 +145,13 @@ class Task(lm.Task):
     found = 1
     for length in range(2, self.preprocess.max_length + 1):
       tokens, count = self._size(length)
-      if max(length - tokens, tokens) + count + 1 <= width:
-        found = max(found, tokens + count + 1)
+      if max(length - tokens, tokens + 1) + count + 1 <= width:
+        found = max(found, tokens + count + 2)
     return found
 
 
 def spans(length: int, tokens: int, count: int, rng: np.random.Generator) -> np.ndarray:
-  """Returns which of `length` tokens are in a span (length,): kept ones first, a span last.
+  """Returns which of `length` tokens are in a span (length,); the last one is not.
 
   Args:
     length: of the text.
@@ -158,12 +159,15 @@ def spans(length: int, tokens: int, count: int, rng: np.random.Generator) -> np.
     count: of spans; at most tokens, and at most length - tokens.
     rng: of the draw.
   """
-  def partition(total):
-    cuts = np.sort(rng.choice(total - 1, count - 1, replace=False)) + 1
+  def partition(total, parts):
+    cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
     return np.diff([0, *cuts, total])
 
-  sizes = np.stack([partition(length - tokens), partition(tokens)], axis=1).ravel()
-  return np.repeat(np.arange(2 * count) % 2 == 1, sizes)
+  kept = partition(length - tokens + 1, count + 1)
+  kept[0] -= 1  # a text may begin with a span
+  sizes = np.zeros(2 * count + 1, np.int64)
+  sizes[::2], sizes[1::2] = kept, partition(tokens, count)
+  return np.repeat(np.arange(len(sizes)) % 2 == 1, sizes)
 
 
 def corrupt(ids, noise, sentinels) -> tuple[np.ndarray, np.ndarray]:
@@ -171,14 +175,14 @@ def corrupt(ids, noise, sentinels) -> tuple[np.ndarray, np.ndarray]:
 
   Args:
     ids: (T,).
-    noise: (T,) which of them are in a span.
-    sentinels: ids, of the first span first.
+    noise: (T,) which of them are in a span; the last is not.
+    sentinels: ids, of the first span first; one more than there are spans.
   """
   first = noise & ~np.concatenate([[False], noise[:-1]])
-  marks = np.asarray(sentinels, np.int32)[np.cumsum(first) - 1]  # of each token's span, or the last
-  read = np.where(noise, marks, ids)[~noise | first]
-  places = np.flatnonzero(first)
-  labels = np.insert(ids[noise], np.cumsum(noise)[places] - 1, marks[places])
+  count, marks = int(first.sum()), np.asarray(sentinels, np.int32)
+  read = np.where(noise, marks[np.cumsum(first) - 1], ids)[~noise | first]
+  begins = (np.cumsum(noise) - 1)[first]  # among the tokens that are in spans
+  labels = np.append(np.insert(ids[noise], begins, marks[:count]), marks[count])
   return read.astype(np.int32), labels.astype(np.int32)
 
 
