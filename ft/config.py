@@ -170,6 +170,25 @@ def complete(given: dict):
   return config.lock()
 
 
+def section(selector: str, component: str, given: dict):
+  """Returns a section as a component reads it: section("task.name", "lm", {"packing": "best-fit"}).
+
+  Args:
+    selector: of SELECTORS.
+    component: its value.
+    given: key within the section -> value, or text as on the command line; the rest are defaults.
+  Raises:
+    UserError: as `complete`.
+  """
+  name = selector.partition(".")[0]
+  chosen = {key: default for key, (default, _) in SELECTORS.items()} | {selector: component}
+  values = {f"{name}.{key}": value for key, value in given.items()}
+  table = schema(chosen)
+  values = {key: _parse(key, value, table) if isinstance(value, str) else value
+            for key, value in values.items()}
+  return complete({selector: component, **values})[name]
+
+
 def _unknown(key: str, table: dict, chosen: dict) -> str:
   everything = schema()
   if key in everything:

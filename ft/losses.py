@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, D hidden size, V vocabulary. A `head` is a function (
 (B, t, V); losses are float32, whatever it computes in.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -51,8 +52,8 @@ def blocks(function: Callable, arrays, size: int):
 
 
 def cross_entropy(head: Callable, hidden, targets, weights, smoothing: float = 0.0,
-                  block: int = BLOCK) -> dict:
-  """Next-token cross-entropy, summed over each row's tokens.
+                  block: int = BLOCK, hits: bool = False) -> dict:
+  """Cross-entropy of tokens, summed over each row's.
 
   Args:
     head: (hidden (B, t, D), number of the block) -> logits (B, t, V).
@@ -61,30 +62,69 @@ def cross_entropy(head: Callable, hidden, targets, weights, smoothing: float = 0
     weights: (B, T), 0 masks a token; its target may be anything within the vocabulary.
     smoothing: share of the target that is spread over the vocabulary (Szegedy et al. 2016).
     block: most logits held at once.
+    hits: also count the tokens that have the largest logit.
 
   Returns:
-    {"loss", "nll"}: (B,) float32 nats, weighted sums; they differ by the smoothing.
+    {"loss", "nll"}: (B,) float32 nats, weighted sums; they differ by the smoothing. With hits also
+    {"hits"}: (B,), the weighted count.
   """
   def function(arrays, number):
     hidden, targets, weights = arrays
     logits = head(hidden, number).astype(jnp.float32)
-    norm = jax.nn.logsumexp(logits, -1)
-    nll = norm - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    loss = nll if not smoothing else (
-      (1 - smoothing) * nll + smoothing * (norm - logits.mean(-1)))
-    return {"loss": jnp.sum(loss * weights, -1), "nll": jnp.sum(nll * weights, -1)}
+    found = _of_tokens(logits, targets, smoothing)
+    if hits:
+      found["hits"] = logits.argmax(-1) == targets
+    return {key: jnp.sum(value * weights, -1) for key, value in found.items()}
 
   arrays = hidden, targets, weights.astype(jnp.float32)
   return _counted(function, arrays, _size(head, hidden, block))
 
 
+def _of_tokens(logits, targets, smoothing: float) -> dict:
+  """Returns {"loss", "nll"}: (B, t) of logits (B, t, V)."""
+  norm = jax.nn.logsumexp(logits, -1)
+  nll = norm - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+  smoothed = (1 - smoothing) * nll + smoothing * (norm - logits.mean(-1)) if smoothing else nll
+  return {"loss": smoothed, "nll": nll}
+
+
+def apart(base, logits, temperature: float = 1.0, beta: float = 0.0):
+  """Divergence of distributions from a base's, whose gradient does not shrink with T.
+
+  With p = softmax(base / T) and q = softmax(logits / T) it is T² times: beta 0, KL(p || q); beta 1,
+  the reverse, KL(q || p); between, the generalised Jensen-Shannon divergence
+  beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q (Agarwal et al. 2024,
+  arXiv:2306.13649, equation 1; Hinton et al. 2015, arXiv:1503.02531, for T²).
+
+  Args:
+    base, logits: (…, V).
+    temperature: T; above 1, unlikely answers count for more.
+    beta: 0 covers all that the base might say, 1 seeks what it most likely says.
+
+  Returns:
+    (…) float32 nats.
+  """
+  p = jax.nn.log_softmax(base.astype(jnp.float32) / temperature)
+  q = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+  if beta in (0, 1):
+    first, second = (p, q) if beta == 0 else (q, p)
+    found = _kl(first, second)
+  else:
+    middle = jnp.logaddexp(p + math.log(beta), q + math.log1p(-beta))
+    found = beta * _kl(p, middle) + (1 - beta) * _kl(q, middle)
+  return temperature**2 * found
+
+
+def _kl(p, q):
+  """Returns KL(exp p || exp q) over the last axis of log-probabilities."""
+  return jnp.sum(jnp.exp(p) * (p - q), -1)
+
+
 def divergence(head: Callable, base_head: Callable, hidden, base_hidden, weights,
                temperature: float = 1.0, block: int = BLOCK):
-  """Kullback-Leibler divergence of a model from another, summed over each row's tokens.
+  """Divergence of a model from another, KL(base || model), summed over each row's tokens.
 
-  T² KL(softmax(base / T) || softmax(logits / T)), whose gradient does not shrink with the
-  temperature T (Hinton et al. 2015, arXiv:1503.02531). Both sides pass gradients on, which a base
-  that does not train ignores.
+  See `apart`. Both sides pass gradients on, which a base that does not train ignores.
 
   Args:
     head: (hidden (B, t, D), number of the block) -> logits (B, t, V) of what trains.
@@ -100,13 +140,40 @@ def divergence(head: Callable, base_head: Callable, hidden, base_hidden, weights
   """
   def function(arrays, number):
     hidden, base_hidden, weights = arrays
-    base = base_head(base_hidden, number).astype(jnp.float32)
-    logits = head(hidden, number).astype(jnp.float32)
-    known = jax.nn.log_softmax(base / temperature)
-    apart = known - jax.nn.log_softmax(logits / temperature)
-    return jnp.sum(jnp.sum(jnp.exp(known) * apart, -1) * weights, -1) * temperature**2
+    found = apart(base_head(base_hidden, number), head(hidden, number), temperature)
+    return jnp.sum(found * weights, -1)
 
   arrays = hidden, base_hidden, weights.astype(jnp.float32)
+  return _counted(function, arrays, _size(head, hidden, block))
+
+
+def distillation(head: Callable, base_head: Callable, hidden, base_hidden, targets, weights,
+                 temperature: float = 1.0, beta: float = 0.0, smoothing: float = 0.0,
+                 block: int = BLOCK) -> dict:
+  """Cross-entropy and divergence from a base of the same pass, summed over each row's tokens.
+
+  The logits are made once for both; the base's pass no gradient on.
+
+  Args:
+    head, base_head: (hidden (B, t, D), number of the block) -> logits (B, t, V).
+    hidden, base_hidden: (B, T, D) of each.
+    targets, weights, smoothing: as in `cross_entropy`.
+    temperature, beta: as in `apart`.
+    block: most logits held at once, of each of the two.
+
+  Returns:
+    {"loss", "nll", "base_nll", "apart"}: (B,) float32 nats, weighted sums; base_nll is the base's.
+  """
+  def function(arrays, number):
+    hidden, base_hidden, targets, weights = arrays
+    logits = head(hidden, number).astype(jnp.float32)
+    base = jax.lax.stop_gradient(base_head(base_hidden, number)).astype(jnp.float32)
+    found = {**_of_tokens(logits, targets, smoothing),
+             "base_nll": _of_tokens(base, targets, 0.0)["nll"],
+             "apart": apart(base, logits, temperature, beta)}
+    return {key: jnp.sum(value * weights, -1) for key, value in found.items()}
+
+  arrays = hidden, base_hidden, targets, weights.astype(jnp.float32)
   return _counted(function, arrays, _size(head, hidden, block))
 
 

@@ -30,7 +30,7 @@ def export(run, tuned, frozen, state, calibration: dict, writer: bool) -> None:
   Raises:
     TrainingFailed: the written files do not give the same outputs.
   """
-  trainable, mutable = state.trainable, state.mutable
+  frozen, trainable, mutable = tune.alone(frozen), tune.alone(state.trainable), state.mutable
   merged = None if tuned.merge is None else {**tuned.merge(frozen, trainable), **mutable}
   if jax.process_count() > 1:  # the writer must hold what it writes
     gather = jax.jit(lambda tree: tree, out_shardings=mesh.replicated(run.mesh))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 from absl import logging
 
-from ft import errors, evaluate, mesh, models, state
+from ft import errors, evaluate, mesh, models, state, tune
 from ft.data import loader as loaders
 from ft.data import sources
 
@@ -85,6 +85,18 @@ def prepare(config, folder, poll) -> tuple[Run, dict]:
   return run, examples
 
 
+def accompany(run: Run, tuned: tune.Tuned) -> tune.Tuned:
+  """Adds the variables that the task has beside the model's, such as a teacher's.
+
+  Where the task has `company(pretrained, tuned, sharding) -> (trainable, frozen)`, it finds both
+  joined in variables["company"]. They are in no export, the frozen ones in no checkpoint either.
+  """
+  if not hasattr(run.task, "company"):
+    return tuned
+  sharding = functools.partial(mesh.shard, run.mesh)
+  return tune.accompany(tuned, *run.task.company(run.pretrained, tuned, sharding))
+
+
 def make_loaders(run: Run, examples: dict) -> dict:
   """A shuffling loader for train, one in fixed order for every other split.
 
@@ -109,12 +121,13 @@ def loader(run: Run, examples, size: int, training: bool = False, buckets=None) 
   Args:
     buckets: lengths to pad to, in place of those of the run.
   """
-  c = run.config
+  c, augment = run.config, getattr(run.task, "augment", None)  # such as masks drawn anew
+  augment = run.preprocess.augment if run.preprocess.augments else augment
   return loaders.Loader(
     examples, size, seed=c.seed,
     pad={} if examples.lengths is None else run.preprocess.pad,
     buckets=getattr(run.preprocess, "buckets", ()) if buckets is None else buckets,
-    augment=run.preprocess.augment if training and run.preprocess.augments else None,
+    augment=augment if training else None,
     shuffle=training,
     process_index=jax.process_index(), process_count=jax.process_count(),
     workers=c.data.workers, prefetch=c.data.prefetch,

@@ -33,7 +33,15 @@ from ft import (
 )
 from ft.data import loader as loaders
 from ft.preempt import Preemption
-from ft.run import Run, extract_features, make_loaders, prepare, probe_gradient, refer
+from ft.run import (
+  Run,
+  accompany,
+  extract_features,
+  make_loaders,
+  prepare,
+  probe_gradient,
+  refer,
+)
 
 KEYS = {
   "batch": (32, "rows in a step, over all devices and micro-batches", (1, None)),
@@ -79,6 +87,7 @@ def train(config, folder: os.PathLike, command: str = "") -> dict | None:
       config.tune, run.pretrained.variables, jax.random.PRNGKey(config.seed), run.pretrained.head,
       tune.Context(run.pretrained, functools.partial(probe_gradient, run, examples), report=True),
     )
+    tuned = accompany(run, tuned)
     logging.info("%s", tune.describe(tuned))
     averaging.check(config, tuned)
     generation.check(run.task, tuned)

@@ -38,6 +38,7 @@ FIELDS = (
     ("task.metric", "str!", "the metric that selection and verdicts are about"),
     ("task.mode", "str", "max (default) or min: what is better"),
     ("task.signatures", "dict", "score -> library, version and settings that computed it"),
+    ("task.teacher", "str", "source of the model that a student learnt from"),
     ("task.labels", "list[str]", "label names by class index"),
     ("task.resampled", "str", "what intervals resample, where that is not single rows"),
     ("history", "list[dict]", "a dict a log point: step, train/loss, validation/accuracy, …"),

@@ -441,6 +441,25 @@ def _fingerprint(tokenizer) -> str:
   return hashlib.sha256(content.encode()).hexdigest()
 
 
+def tokenizers_differ(tokenizer, folder) -> str:
+  """Returns how a folder's tokenizer differs from another, for a message; "" if it is the same."""
+  from tokenizers import Tokenizer
+
+  ours = Tokenizer.from_str(tokenizer.to_str())
+  ours.no_truncation()
+  theirs, _ = _load_tokenizer(folder)
+  if _fingerprint(ours) == _fingerprint(theirs):
+    return ""
+  known, other = ours.get_vocab(), theirs.get_vocab()
+  apart = sorted(token for token in known.keys() | other.keys()
+                 if known.get(token) != other.get(token))
+  if not apart:
+    return "they have the same tokens, and cut texts differently"
+  numbers = " and ".join("none" if part.get(apart[0]) is None else str(part[apart[0]])
+                         for part in (known, other))
+  return (f"they have {len(known)} and {len(other)} tokens, and {apart[0]!r} is number {numbers}")
+
+
 def _json(path: pathlib.Path) -> dict:
   """Reads a JSON file of the checkpoint; {} where there is none."""
   if not path.is_file():

@@ -97,7 +97,7 @@ def program(module, settings: Settings, interceptor=None) -> Callable:
   """Returns generation as one function of arrays, to be traced within a larger program.
 
   It makes the tokens that `generate` makes, without a look from the host in between: for batches
-  on any number of devices and processes. Stop strings and draws need the host.
+  on any number of devices and processes. Stop strings need the host.
 
   Args:
     module: the linen module of a model with head "lm".
@@ -105,17 +105,19 @@ def program(module, settings: Settings, interceptor=None) -> Callable:
     interceptor: of adapters, around every apply.
 
   Returns:
-    f(variables, inputs, prompt=None) -> (tokens (B, max_new_tokens) int32, padded behind their end;
-    how many of them count (B,)). Arguments as in `generate`; every row of inputs has a token.
+    f(variables, inputs, prompt=None, rng=None) -> (tokens (B, max_new_tokens) int32, padded behind
+    their end; how many of them count (B,)). Arguments as in `generate`; every row of inputs has a
+    token, and with do_sample there is an rng.
 
   Raises:
     UserError: settings that need the host.
   """
-  if settings.stop or settings.do_sample:
-    raise errors.UserError("generation within a program is greedy or beam search, without stop "
-                           "strings")
+  if settings.stop:
+    raise errors.UserError("generation within a program knows no stop strings")
 
-  def run(variables, inputs, prompt=None):
+  def run(variables, inputs, prompt=None, rng=None):
+    if settings.do_sample and rng is None:
+      raise errors.UserError("generation: do_sample=True needs an rng")
     if hasattr(module, "decode"):
       tokens = jnp.asarray(_start(module.config, prompt, next(iter(inputs.values())).shape[0]))
       mask, source = jnp.ones_like(tokens), inputs
@@ -133,7 +135,7 @@ def program(module, settings: Settings, interceptor=None) -> Callable:
       sequences, _, lengths = _search(engine)(variables, tokens, real, source)
       made, lengths = sequences[:, 0, size:], lengths[:, 0]
     else:
-      rng = jax.random.key(0)
+      rng = jax.random.key(0) if rng is None else rng
       state = _begin(engine)(variables, tokens, real, source, rng)
       state = _continue(engine)(variables, real, source, rng, jnp.int32(engine.total), state)
       made = state[1][:, size:]

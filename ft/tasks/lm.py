@@ -63,12 +63,7 @@ class Task:
     Raises:
       UserError: the rows are no texts, or pairs of them; or the model's cannot be packed.
     """
-    if not {"text", "turns"} & set(data.columns):
-      raise errors.UserError("task.name=lm models text, and the data has no column of that role; "
-                             "set data.modality=text and data.columns.text")
-    if "text_b" in data.columns:
-      raise errors.UserError(f"task.name=lm models one text a row; column {data.columns['text_b']} "
-                             "makes it a pair: give it another role, or join the two")
+    need_text(data, "lm")
     self._train_on(config, preprocess)
 
   def _train_on(self, config, preprocess) -> None:
@@ -210,6 +205,17 @@ class Task:
   def baselines(self, features: dict) -> dict:
     """Returns {"zero-shot": split -> what the pretrained model gives}."""
     return {"zero-shot": features}
+
+
+def need_text(data, name: str) -> None:
+  """Raises UserError in the name of a task where rows are no texts, or pairs of them."""
+  if not {"text", "turns"} & set(data.columns):
+    raise errors.UserError(f"task.name={name} models text, and the data has no column of that "
+                           "role; set data.modality=text and data.columns.text")
+  if "text_b" in data.columns:
+    raise errors.UserError(f"task.name={name} models one text a row; column "
+                           f"{data.columns['text_b']} makes it a pair: give it another role, or "
+                           "join the two")
 
 
 def _head(apply: Callable, variables, rng) -> Callable:

@@ -28,6 +28,8 @@ KEYS = {
   "also_train": ((), "adapters: expressions of further parameters, which train in full"),
 }
 
+COMPANY = "company"  # collection of variables that only the task reads
+
 Tree = dict[str, Any]
 
 
@@ -239,6 +241,32 @@ def build(trainable: Tree, frozen: Tree, head: tuple[str, ...], *, merge=combine
   )
   only_head = bool(table) and all(under(row.path, head) for row in table)
   return Tuned(trainable, frozen, combine, merge, table=table, only_head=only_head, **more)
+
+
+def accompany(tuned: Tuned, trainable: Tree, frozen: Tree) -> Tuned:
+  """Adds variables that only the task reads, such as a teacher's, to what trains and what does not.
+
+  They stand in the collection COMPANY beside the model's own, which does not know of them. `merge`
+  and `plain` leave them out, as a model is exported without; see also `alone`.
+
+  Args:
+    tuned: of the model.
+    trainable, frozen: nested dicts without a common leaf; {} for none.
+  """
+  if trainable:
+    rows = build({COMPANY: trainable}, {}, ()).table
+    tuned = dataclasses.replace(tuned, trainable={**tuned.trainable, COMPANY: trainable},
+                                table=(*tuned.table, *rows))
+  merge, plain = tuned.merge, tuned.plain
+  return dataclasses.replace(
+    tuned, frozen={**tuned.frozen, COMPANY: frozen} if frozen else tuned.frozen,
+    merge=merge and (lambda frozen, trainable: merge(alone(frozen), alone(trainable))),
+    plain=lambda frozen: plain(alone(frozen)))
+
+
+def alone(tree: Mapping) -> Tree:
+  """Returns a tree of collections without what the task alone reads."""
+  return {name: part for name, part in tree.items() if name != COMPANY}
 
 
 def chain(*interceptors) -> Callable | None:
