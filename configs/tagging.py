@@ -10,9 +10,10 @@ model: any encoder.
 
 By default all-MiniLM-L6-v2 learns chunks (noun and verb phrases, …) from 27 of 39 sentences of
 CoNLL-2000 that seqeval's package carries (MIT) for its own tests: a show of the mechanics on true
-labels, too small to say how good a tagger is. Entity F1 of the 12 sentences of test, seed 0, two busy
-CPU cores, 1.3 minutes: 82.4 [74.9, 89.2]; each word's most frequent tag 38.5 [30.0, 45.6];
-difference +43.9 [36.6, 52.5].
+labels, too small to say how good a tagger is.
+
+Entity F1 of the 12 sentences of test, seed 0, two busy CPU cores, 1.3 minutes: 82.4 [74.9, 89.2];
+each word's most frequent tag 38.5 [30.0, 45.6]; difference +43.9 [36.6, 52.5].
 """
 
 SAMPLE = "pypi:seqeval==1.2.2/seqeval-1.2.2/tests/data/ground_truth.txt"
