@@ -10,6 +10,11 @@ restaurants and hotels of services that training has not. Baseline: the model as
 (zero-shot). slot_recall: of the names and numbers in a true reply, the share that the written one
 has word for word; many are not known from the dialogue, so 1 is out of reach.
 
+Measured, seed 0, two busy CPU cores, 19.5 minutes; nats a token of the assistant in 48 dialogues,
+95 % intervals: fine-tuned 1.806 [1.655, 1.980], pretrained 2.571 [2.435, 2.714], difference -0.765
+[-0.835, -0.700]. Of 24 written replies: slot_recall 0.164 (pretrained 0.113), distinct_2 0.697
+(0.649).
+
 rows: dialogues to learn from; packing: best-fit | none; folder: where the data lies.
 """
 
