@@ -145,8 +145,8 @@ def films(tmp_path_factory):
 
 
 @pytest.mark.parametrize("data,task", [
-  ("per_label=4", "name='few_shot', iterations=10"),
-  ("unknown=('other',)", "coverage=0.9")], ids=["few_shot", "unknown"])
+  pytest.param("per_label=4", "name='few_shot', iterations=10", id="few_shot"),
+  pytest.param("unknown=('other',)", "coverage=0.9", id="unknown", marks=pytest.mark.slow)])
 def test_a_run_from_file_to_card(tiny, films, tmp_path, data, task):
   (tmp_path / "run.py").write_text(f"""
 def get_config():
