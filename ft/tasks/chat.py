@@ -60,12 +60,12 @@ class Task(lm.Task):
                              "of them: name it in data.columns.turns")
     preprocess.columns = {"turns": data.columns["turns"]}
     self._settle(preprocess, {key: int(config[key]) for key in ("generate_rows", "max_reply")})
-    self._train_on(config, preprocess)
+    self._train_on(config)
 
   def _settle(self, preprocess, spec: Mapping) -> None:
     from tokenizers import Tokenizer  # slow to import
 
-    self._spec, self.preprocess = dict(spec), preprocess
+    super()._settle(preprocess, spec)
     self.generate_rows, self.max_prompt = spec["generate_rows"], preprocess.max_length
     self._tokenizer = Tokenizer.from_str(preprocess.tokenizer.to_str())
     self._tokenizer.no_truncation()
@@ -76,20 +76,6 @@ class Task(lm.Task):
       raise errors.UserError(
         f"data.max_length={self.max_prompt} and task.max_reply={spec['max_reply']}: the model has "
         f"positions for {limit} tokens; lower one of them, or set task.generate_rows=0")
-
-  # Saving and restoring for prediction.
-
-  def spec(self) -> dict:
-    """Returns what `from_spec` needs, as JSON."""
-    return self._spec
-
-  @classmethod
-  def from_spec(cls, spec: Mapping, preprocess) -> "Task":
-    """Returns a task that can reply and be measured (not train), from what `spec` returned."""
-    task = cls.__new__(cls)
-    task._settle(preprocess, spec)
-    task._smoothing = 0.0
-    return task
 
   def show(self, example: dict) -> str:
     """Returns an example as the model reads it, with what carries loss in ⟦ ⟧."""

@@ -51,6 +51,7 @@ class Task:
   head_features = False
   score = None
   packs = False
+  _smoothing = 0.0  # in predictions
 
   def __init__(self, config, data, preprocess):
     """Makes the task of a run.
@@ -64,11 +65,12 @@ class Task:
       UserError: the rows are no texts, or pairs of them; or the model's cannot be packed.
     """
     need_text(data, "lm")
-    self._train_on(config, preprocess)
+    self._settle(preprocess, {})
+    self._train_on(config)
 
-  def _train_on(self, config, preprocess) -> None:
+  def _train_on(self, config) -> None:
     """Sets what training alone needs."""
-    self.preprocess, self._smoothing = preprocess, float(config.label_smoothing)
+    preprocess, self._smoothing = self.preprocess, float(config.label_smoothing)
     self.packs = config.packing != "none"
     if self.packs:
       if hasattr(models.family_module(preprocess.info.family).Model, "decode"):
@@ -86,14 +88,18 @@ class Task:
 
   def spec(self) -> dict:
     """Returns what `from_spec` needs, as JSON."""
-    return {}
+    return self._spec
 
   @classmethod
   def from_spec(cls, spec: Mapping, preprocess) -> "Task":
     """Returns a task that can predict and describe (not train), from what `spec` returned."""
     task = cls.__new__(cls)
-    task.preprocess, task._smoothing = preprocess, 0.0
+    task._settle(preprocess, spec)
     return task
+
+  def _settle(self, preprocess, spec: Mapping) -> None:
+    """Sets what training and prediction share."""
+    self.preprocess, self._spec = preprocess, dict(spec)
 
   def describe_task(self) -> dict:
     """Returns the card's fields about the task."""

@@ -99,7 +99,7 @@ class Task(chat.Task):
 
   def _settle(self, preprocess, spec: Mapping) -> None:
     super()._settle(preprocess, {"generate_rows": 0, "max_reply": 1})
-    self._spec, self._paired, self._smoothing = dict(spec), spec["paired"], 0.0
+    self._spec, self._paired = dict(spec), spec["paired"]
     self._roles = ("chosen", "rejected") if self._paired else ("completion",)
     self._answers = answers.Answers(preprocess, self._roles)
     self.needs = self._roles if self._paired else ("completion", "label")

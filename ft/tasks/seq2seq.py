@@ -93,7 +93,7 @@ class Task(lm.Task):
                              f"{','.join(config.scores)}")
 
   def _settle(self, preprocess, spec: Mapping) -> None:
-    self._spec, self.preprocess = dict(spec), preprocess
+    super()._settle(preprocess, spec)
     layout = {**spec["layout"], "ends": tuple(spec["layout"]["ends"])}
     self.pairs = pairs.Pairs(preprocess, pairs.Layout(**layout))
     self.judged = (spec["metric"], "min" if spec["metric"] == "nats_per_token" else "max")
@@ -112,20 +112,6 @@ class Task(lm.Task):
   def _written(self) -> bool:
     """Whether verdicts are about written texts."""
     return self.judged[0] != "nats_per_token"
-
-  # Saving and restoring for prediction.
-
-  def spec(self) -> dict:
-    """Returns what `from_spec` needs, as JSON."""
-    return self._spec
-
-  @classmethod
-  def from_spec(cls, spec: Mapping, preprocess) -> "Task":
-    """Returns a task that can write and be measured (not train), from what `spec` returned."""
-    task = cls.__new__(cls)
-    task._settle(preprocess, spec)
-    task._smoothing = 0.0
-    return task
 
   def describe_task(self) -> dict:
     """Returns the card's fields about the task."""

@@ -65,22 +65,8 @@ class Task(lm.Task):
     self._smoothing = float(config.label_smoothing)
 
   def _settle(self, preprocess, spec: Mapping) -> None:
-    self.preprocess, self._spec = preprocess, dict(spec)
+    super()._settle(preprocess, spec)
     preprocess.pad = {**preprocess.pad, "labels": -1}
-
-  # Saving and restoring for prediction.
-
-  def spec(self) -> dict:
-    """Returns what `from_spec` needs, as JSON."""
-    return self._spec
-
-  @classmethod
-  def from_spec(cls, spec: Mapping, preprocess) -> "Task":
-    """Returns a task that can predict and describe (not train), from what `spec` returned."""
-    task = cls.__new__(cls)
-    task._settle(preprocess, spec)
-    task._smoothing = 0.0
-    return task
 
   # Examples.
 
