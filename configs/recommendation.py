@@ -12,19 +12,19 @@ with a user's own films ranked too: compare ndcg@10_incl_seen, or set seen=rank.
 
 data: any table of (user, item, time); prepare.py makes its start, with --start=RUN from a run on
 another domain, and --kind=bert4rec for BERT4Rec. split: leave-one-out, or time. seen: exclude or
-rank what a user chose before. k_core: of users and items.
+rank what a user chose before. k_core: of users and items. dropout: rate, everywhere.
 """
 
 ML_100K = "pypi:recbole==1.2.1/recbole/dataset_example/ml-100k/ml-100k.inter"
 
 
 def get_config(data=ML_100K, model="runs/films-start", split="leave-one-out", seen="exclude",
-               k_core="0"):
+               k_core="0", dropout="0.3"):
   return dict(
     title="The next film, MovieLens-100k" if data == ML_100K else f"What comes next, {data}",
-    model=dict(source=model),
+    model=dict(source=model, dropout=float(dropout)),
     data=dict(modality="interactions", train=data, split=split, k_core=int(k_core), stride=25),
     task=dict(name="recommend", seen=seen),
     optim=dict(rate=1e-3, weight_decay=0.0),
-    train=dict(batch=128, epochs=100.0, eval_every=0.05, patience=6, train_sample=512),
+    train=dict(batch=64, epochs=80.0, eval_every=0.05, patience=6, train_sample=512),
   )

@@ -124,7 +124,7 @@ class Neighbours:
 
     Of each item of a history its `count` nearest take part (Deshpande & Karypis 2004).
     """
-    return matrix(histories, self._size) @ self._nearest(count) + self._tie
+    return (matrix(histories, self._size) @ self._nearest(count)).toarray() + self._tie
 
   def _similarity(self, rows: np.ndarray) -> np.ndarray:
     """Returns (n, V) cosines of items' users with those of all items, 0 with themselves."""
@@ -174,7 +174,7 @@ def judged(score, rows: list[dict], ranked: np.ndarray, top: int, exclude: bool)
   for start in range(0, len(rows), _CHUNK):
     part = rows[start:start + _CHUNK]
     histories, target = [row["history"] for row in part], np.array([row["target"] for row in part])
-    scores = np.asarray(score(histories))
+    scores = score(histories)
     out = np.broadcast_to(~ranked, scores.shape)
     blocked = out | (matrix(histories, len(ranked)).toarray() > 0) if exclude else out
     order = np.argsort(np.where(blocked, np.inf, -scores), axis=1, kind="stable")[:, :top]

@@ -45,6 +45,7 @@ _SPLITS = {
   "leave-one-out": "leave-one-out: each user's last interaction is test, the one before validation",
   "time": "by time: train before validation before test for all users; a user's first interaction "
           "in a period is the target",
+  "last": "each user's last interaction is the target",
 }
 
 
@@ -62,7 +63,7 @@ class Preprocess:
     window: T.
     mask: row of the mask that stands for the item to be told, of a bidirectional model, or None.
     ranked: (V,) bool, the items that are ranked: those of the run's table; None before `load`.
-    counts: (V,) how often train has each; None before `load`.
+    chosen: (V,) how often train has each; None before `load`.
 
   Raises:
     UserError: a key does not fit, or the checkpoint does not say what its items are.
@@ -98,7 +99,7 @@ class Preprocess:
     self.window, self.mask = window, mask
     self.rows = {item: i for i, item in enumerate(items, 1)}
     self.size = len(items) + 1 + (mask is not None)
-    self.ranked = self.counts = None
+    self.ranked = self.chosen = None
 
   # Tables to rows.
 
@@ -112,8 +113,8 @@ class Preprocess:
     """
     if not config.train:
       raise errors.UserError("data.train is empty; give a table of interactions such as clicks.csv")
-    if self.counts is not None:
-      rows = self.read(config, config.train, name="train")
+    if self.chosen is not None:
+      rows, self._keys.split = self.read(config, config.train, name="train"), "last"
       return sources.Data({"train": rows}, {"labels": {}}, {})
     log, stride = self._log(config, config.train), self._keys.stride or self.window
     if self._keys.split == "time":
@@ -130,7 +131,7 @@ class Preprocess:
                                f"{log.size:,} interactions; leave-one-out needs users of three or "
                                "more, time users that act on both sides of a border")
     known = [items[:stop] for items, stop in zip(log.items, found["train"].known, strict=True)]
-    self.counts = np.bincount(np.concatenate(known), minlength=self.size)
+    self.chosen = np.bincount(np.concatenate(known), minlength=self.size)
     self.ranked = np.bincount(np.concatenate(log.items), minlength=self.size) > 0
     report = self._report(log, found)
     found |= {name: self.read(config, spec, name=name)
@@ -159,12 +160,12 @@ class Preprocess:
     return histories.read(self._keys, table, indices, self.rows)
 
   def _report(self, log: histories.Log, found: dict) -> dict:
-    cold = self.ranked & (self.counts == 0)
+    cold = self.ranked & (self.chosen == 0)
     short = sum(len(items) < 3 for items in log.items)
     return {
       "labels": {}, "splits": {name: len(rows) for name, rows in found.items()},
       "interactions": {"users": len(log.users), "items": int(self.ranked.sum()),
-                       "interactions": log.size, "of train": int(self.counts.sum()),
+                       "interactions": log.size, "of train": int(self.chosen.sum()),
                        "items that train never has": int(cold.sum()),
                        "users of fewer than three interactions": short},
       "left out": log.dropped, "divided": self.divided,
@@ -296,14 +297,14 @@ class Preprocess:
     """Returns what `from_spec` needs, as JSON."""
     return {"modality": "interactions", "keys": vars(self._keys), "files": self._files,
             "items": self.items, "window": self.window, "mask": self.mask,
-            "counts": self.counts.tolist(), "ranked": self.ranked.astype(int).tolist()}
+            "chosen": self.chosen.tolist(), "ranked": self.ranked.astype(int).tolist()}
 
   @classmethod
   def from_spec(cls, spec: dict, folder=None) -> "Preprocess":
     """Rebuilds the preprocessing of a run for prediction."""
     self = cls.__new__(cls)
     self._settle(dict(spec["keys"]), spec["files"], spec["items"], spec["window"], spec["mask"])
-    self.counts, self.ranked = np.array(spec["counts"]), np.array(spec["ranked"], bool)
+    self.chosen, self.ranked = np.array(spec["chosen"]), np.array(spec["ranked"], bool)
     return self
 
 

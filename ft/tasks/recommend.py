@@ -193,7 +193,7 @@ class Task:
 
   def metrics(self, outputs: dict) -> dict[str, float]:
     """Returns the scores of a split; see `recommendations.summary`."""
-    return recommendations.summary(outputs, self._cutoffs, self.preprocess.counts,
+    return recommendations.summary(outputs, self._cutoffs, self.preprocess.chosen,
                                    self.preprocess.ranked)
 
   def score(self, outputs: dict) -> np.ndarray:
