@@ -266,8 +266,12 @@ class Preprocess:
     if "history" in table.columns:
       for i in indices:
         given = table.records[int(i)]["history"]
-        given = given.split() if isinstance(given, str) else list(given or ())
-        yield self._row(given, {"id": table.records[int(i)].get("id")})
+        given = given.split() if isinstance(given, str) else given
+        if not isinstance(given, (list, tuple, np.ndarray)):
+          yield errors.RowError(f"{table.where(int(i))}: history is {given!r}; it should be a list "
+                                "of items, or a text with spaces between them")
+          continue
+        yield self._row(list(given), {"id": table.records[int(i)].get("id")})
       return
     roles = histories.columns(self._keys.columns, table)
     ids = histories.names(table, indices, roles["item"], "item")

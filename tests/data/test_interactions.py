@@ -256,8 +256,9 @@ def test_prediction_reads_tables_and_lists(made, tmp_path, monkeypatch):
   assert one["id"] == "new" and one["unseen_items"] == ["i99"]
   assert [preprocess.name(i) for i in one["history"]] == ["i1", "i3"]
   monkeypatch.setattr("sys.stdin", io.StringIO('{"history": ["i3", "i5"], "id": 7}\n'
-                                               '{"history": ["i77"]}\n'))
-  known, unknown = preprocess.read_rows("-")
+                                               '{"history": ["i77"]}\n{"history": 5}\n'))
+  known, unknown, wrong = preprocess.read_rows("-")
+  assert isinstance(wrong, errors.RowError) and "line 3: history is 5" in str(wrong)
   assert [preprocess.name(i) for i in known["history"]] == ["i3", "i5"] and known["id"] == 7
   assert unknown["unseen_items"] == ["i77"]
   with pytest.raises(errors.RowError, match="without an item"):
