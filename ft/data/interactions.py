@@ -156,8 +156,11 @@ class Preprocess:
 
   def _log(self, config, spec) -> histories.Log:
     own, table, indices = sources.table(config, spec)
-    self._keys.columns = dict(own.columns.items()) if own.columns else {}
-    return histories.read(self._keys, table, indices, self.rows)
+    columns = dict(own.columns.items()) if own.columns else {}
+    if self.chosen is None:  # of train, which files to predict on are like
+      self._keys.columns = columns
+    keys = types.SimpleNamespace(**{**vars(self._keys), "columns": columns})
+    return histories.read(keys, table, indices, self.rows)
 
   def _report(self, log: histories.Log, found: dict) -> dict:
     cold = self.ranked & (self.chosen == 0)
@@ -273,11 +276,14 @@ class Preprocess:
           continue
         yield self._row(list(given), {"id": table.records[int(i)].get("id")})
       return
-    roles = histories.columns(self._keys.columns, table)
+    given = {role: column for role, column in self._keys.columns.items()
+             if role in ("user", "item") or column in table.columns}
+    roles = histories.columns(given, table)
     ids = histories.names(table, indices, roles["item"], "item")
     # Every item counts here, also those that the run's table did not have.
     every = list(dict.fromkeys(ids))
-    keys = {**vars(self._keys), "k_core": 0}
+    least = self._keys.min_rating if "rating" in roles else None
+    keys = {**vars(self._keys), "columns": given, "k_core": 0, "min_rating": least}
     log = histories.read(types.SimpleNamespace(**keys), table, indices,
                          {item: i for i, item in enumerate(every)})
     for user, items in zip(log.users, log.items, strict=True):

@@ -134,6 +134,16 @@ def test_ratings_below_are_no_choice(made, tmp_path):
     prepared(made, path, min_rating=3.0)
 
 
+def test_prediction_needs_no_ratings(made, tmp_path):
+  rows = [("u", f"i{n}", n, 5) for n in range(6)]
+  path = write(tmp_path / "a.csv", rows, "who,what,time,stars")
+  preprocess, _ = prepared(made, path, min_rating=3.0,
+                           columns={"user": "who", "item": "what", "rating": "stars"})
+  path = write(tmp_path / "new.csv", [("v", "i2", 1), ("v", "i4", 0)], "who,what,time")
+  one, = preprocess.read_rows(str(path))
+  assert [preprocess.name(i) for i in one["history"]] == ["i4", "i2"]
+
+
 def test_the_core_is_what_is_left_when_one_leaves_after_the_other():
   rng = np.random.default_rng(1)
   users, items = rng.integers(0, 15, 75), rng.integers(0, 12, 75)
