@@ -37,8 +37,10 @@ def judge(run, source: str, batch: int = 32) -> dict:
     blocks=getattr(task, "blocks", None),
   )
   result = overfit.results(evidence)["data"][guards.TUNED]
+  said = task.describe_task()
   return {
     "source": source,
+    **({"protocol": said["protocol"]} if "protocol" in said else {}),
     "n": result["n"],
     "metrics": {k: v if np.isfinite(v) else None for k, v in result["metrics"].items()},
     "interval": result["interval"],

@@ -12,6 +12,8 @@ from ft import errors, generation, models, state
 from ft.data import loader as loaders
 from ft.tune import saving
 
+_PASSED = ("id", "times", "unseen_items")  # what an answer repeats of its row
+
 
 class Predictor:
   """A tuned model ready to answer.
@@ -63,7 +65,7 @@ class Predictor:
       try:
         if isinstance(row, errors.RowError):
           raise row
-        answers[place] = {key: row[key] for key in ("id", "times") if key in row}
+        answers[place] = {key: row[key] for key in _PASSED if key in row}
         examples.append(self.example(row))
         where.append(place)
       except errors.RowError as error:

@@ -4,8 +4,12 @@ A small untrained translation model, with a tokenizer learnt from texts of both 
 
     python scripts/prepare.py --texts=train.en.gz,train.de.gz --output=DIR
 
-The folder is a checkpoint like any other: name it in a config's model.source. Or synthetic
-preference pairs from conversations (see ft/synthetic.py), a JSON object a line:
+The folder is a checkpoint like any other: name it in a config's model.source. A recommender for the
+items of a table, untrained, or with the transformer of a run on another domain (--start=RUN):
+
+    python scripts/prepare.py --interactions=clicks.csv --output=DIR
+
+Or synthetic preference pairs from conversations (see ft/synthetic.py), a JSON object a line:
 
     python scripts/prepare.py --dialogues=chat.jsonl --speaker=SYSTEM --output=pairs.jsonl
 """
@@ -17,11 +21,17 @@ from ft import cli
 flags.DEFINE_list("texts", [], "files with a text a line, which may be compressed by gzip")
 flags.DEFINE_string("output", "", "folder or file to be made")
 flags.DEFINE_integer("vocabulary", 4000, "most tokens", lower_bound=16)
-flags.DEFINE_integer("width", 256, "width of the model", lower_bound=2)
+flags.DEFINE_integer("width", None, "width of the model; 256, of a recommender 64", lower_bound=2)
 flags.DEFINE_integer("layers", 2, "layers of the encoder, and of the decoder", lower_bound=1)
-flags.DEFINE_integer("heads", 4, "heads of each attention", lower_bound=1)
-flags.DEFINE_integer("positions", 256, "most tokens of a text", lower_bound=8)
+flags.DEFINE_integer("heads", None, "heads of each attention; 4, of a recommender 2", lower_bound=1)
+flags.DEFINE_integer("positions", None, "most tokens of a text, 256, or items of a history, 50",
+                     lower_bound=2)
 flags.DEFINE_integer("seed", 0, "seed of the weights, or of what pairs draw")
+flags.DEFINE_string("interactions", "", "table of (user, item, time), to make a recommender for")
+flags.DEFINE_string("item", "", "interactions: its column with the items, if its name does not say")
+flags.DEFINE_enum("kind", "sasrec", ["sasrec", "bert4rec"], "interactions: the recommender")
+flags.DEFINE_float("dropout", 0.5, "interactions: rate of dropout", lower_bound=0, upper_bound=0.9)
+flags.DEFINE_string("start", "", "interactions: recommender or run whose transformer is taken")
 flags.DEFINE_string("dialogues", "", "file of conversations, to make preference pairs of")
 flags.DEFINE_string("column", "turns", "dialogues: its column with the turns")
 flags.DEFINE_string("speaker", "assistant", "dialogues: whose replies are compared")
@@ -32,14 +42,23 @@ def main(_):
   from ft import errors, results, scratch, synthetic
 
   f = flags.FLAGS
-  if not f.output or bool(f.texts) == bool(f.dialogues):
-    raise errors.UserError("--output and --texts=FILE,… or --dialogues=FILE are needed; see --help")
+  if not f.output or sum(map(bool, (f.texts, f.dialogues, f.interactions))) != 1:
+    raise errors.UserError("--output and --texts=FILE,…, --dialogues=FILE or --interactions=TABLE "
+                           "are needed; see --help")
   if f.dialogues:
     count = synthetic.write(f.output, f.dialogues, f.column, f.speaker, f.rows, f.seed)
     logging.info("%s: %d pairs", f.output, count)
     return
-  made = scratch.write(f.output, f.texts, f.vocabulary, f.width, f.layers, f.heads, f.positions,
-                       f.seed)
+  if f.interactions:
+    made = scratch.write_recommender(
+      f.output, f.interactions, {"item": f.item} if f.item else None, f.kind, f.width or 64,
+      f.layers, f.heads or 2, f.positions or 50, f.dropout, f.start, f.seed)
+    logging.info("%s: %d rows of items, %s parameters, %s", f.output, made.config.vocab_size,
+                 f"{results.count(made.variables):,}",
+                 f"the transformer of {f.start}" if f.start else "none of them trained")
+    return
+  made = scratch.write(f.output, f.texts, f.vocabulary, f.width or 256, f.layers, f.heads or 4,
+                       f.positions or 256, f.seed)
   logging.info("%s: %d tokens, %s parameters, none of them trained", f.output,
                made.config.vocab_size, f"{results.count(made.variables):,}")
 

@@ -76,6 +76,8 @@ def summary(record):
   widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
   lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
            for row in table]
+  if record["task"].get("protocol"):
+    lines.append(f"({record['task']['protocol']})")
   found = [sentence for *_, sentence in words.verdicts(record)]
   room = 12 - len(lines)
   if len(found) > room:

@@ -98,8 +98,10 @@ def _results(record):
 
 
 def _resampled(record):
-  """What the intervals of scores resample, and what the intervals of forecasts hold."""
+  """How the metric was taken, what its intervals resample, and what those of forecasts hold."""
   said, made = [], record.get("intervals") or {}
+  if record["task"].get("protocol"):
+    said.append(f"Protocol: {record['task']['protocol']}.")
   if record["task"].get("resampled"):
     said.append(f"Intervals of scores resample {record['task']['resampled']}.")
   for split, share in (made.get("coverage") or {}).items():

@@ -40,6 +40,7 @@ FIELDS = (
     ("task.signatures", "dict", "score -> library, version and settings that computed it"),
     ("task.teacher", "str", "source of the model that a student learnt from"),
     ("task.labels", "list[str]", "label names by class index"),
+    ("task.protocol", "str", "how the metric was taken, where it is taken in several ways"),
     ("task.resampled", "str", "what intervals resample, where that is not single rows"),
     ("history", "list[dict]", "a dict a log point: step, train/loss, validation/accuracy, …"),
     ("best.step", "int", "step whose parameters were kept"),

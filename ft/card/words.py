@@ -10,8 +10,8 @@ METRICS = {"macro_f1": "macro-F1", "auroc": "AUROC", "log_loss": "log-loss", "ec
            "nats_per_token": "nats/token", "bits_per_byte": "bits/byte",
            "bleu": "BLEU", "chrf": "chrF", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2",
            "rouge_l": "ROUGE-L", "kl_to_reference": "KL to the reference, nats/token (estimate)",
-           "entity_f1": "entity F1", "mrr": "MRR", "ndcg@10": "nDCG@10", "mae": "MAE",
-           "rmse": "RMSE", "mse": "MSE", "mase": "MASE", "crps": "CRPS",
+           "entity_f1": "entity F1", "mrr": "MRR", "ndcg@10": "nDCG@10", "hr@10": "HR@10",
+           "mae": "MAE", "rmse": "RMSE", "mse": "MSE", "mase": "MASE", "crps": "CRPS",
            "wql": "WQL", "mape": "MAPE, %", "mae_original": "MAE, own units",
            "rmse_original": "RMSE, own units", "r2": "R²", "spearman": "Spearman's ρ",
            "unknown_auroc": "AUROC of known against unknown (softmax)",
@@ -30,7 +30,7 @@ def metric_name(name):
 
 def is_share(metric):
   """Whether a metric is a share that is shown in per cent."""
-  return metric in overfit.SHARES or metric.startswith("recall")
+  return metric in overfit.SHARES or metric.startswith(("recall", "hr@", "ndcg@"))
 
 
 def unit(metric):

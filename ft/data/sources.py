@@ -30,9 +30,11 @@ KEYS = {
     "test": ("", "source of the rows no choice is made on; carved from train when empty"),
     "extra": (None, "name -> source of a further test set, never trained on; see read", "dict"),
     "format": ("", "how files are written; by their suffix when empty",
-               ["", "csv", "tsv", "jsonl", "text", "conll", "parquet", "npz", "images", "tfds"]),
+               ["", "csv", "tsv", "jsonl", "text", "conll", "atomic", "parquet", "npz", "images",
+                "tfds"]),
     "columns": (None, "role (text, text_b, negative, words, target, turns, prompt, chosen, "
-                "rejected, completion, label, image, group, id) -> its column", "dict"),
+                "rejected, completion, label, image, group, id; of interactions user, item, time, "
+                "rating) -> its column", "dict"),
     "header": (True, "whether the first line of a CSV or TSV file names the columns"),
     "names": (None, "names of the columns, for CSV and TSV files without a header", "list"),
     "encoding": ("utf-8", "encoding of text files"),

@@ -76,7 +76,7 @@ _WEIGHTS = "model.safetensors"
 _COMPANIONS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "*.spm",
                "added_tokens.json", "*processor_config.json", "generation_config.json",
                "chat_template*", "modules.json", "sentence_*_config.json",
-               "config_sentence_transformers.json", "1_Pooling/config.json")
+               "config_sentence_transformers.json", "1_Pooling/config.json", "items.json")
 _MAX_COMPANION = 100 << 20
 
 

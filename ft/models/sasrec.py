@@ -20,7 +20,7 @@ from ft.models import attention, base, heads, layers
 from ft.models.surgery import Surgery
 from ft.weights.names import Rule
 
-MODALITY = "sequence"
+MODALITY = "interactions"
 MODEL_TYPES = ("sasrec", "bert4rec")
 HEAD = ("params/classifier",)
 SURGERY = {
@@ -306,6 +306,10 @@ class Model(nn.Module):
     lowest = jnp.finfo(jnp.float32).min
     bias = jnp.pad(self.output_bias.astype(jnp.float32), (0, c.vocab_size - c.scored))
     return jnp.where(jnp.arange(c.vocab_size) == c.mask_token_id, lowest, scores + bias)
+
+  def lm_logits(self, hidden):
+    """Returns `item_logits`, under the name that losses over large vocabularies ask for."""
+    return self.item_logits(hidden)
 
   def head(self, features):
     """Returns the logits (B, C) of features (B, D): dropout and the classifier."""
