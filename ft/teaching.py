@@ -60,7 +60,7 @@ class Teacher:
     if info.modality != "text" or not hasattr(preprocess, "tokenizer"):
       raise errors.UserError(f"task.name=distill is for models of text, and task.teacher={source} "
                              f"reads {info.modality}")
-    if apart := text.tokenizers_differ(preprocess.tokenizer, info.folder):
+    if apart := text.tokenizers_differ(preprocess.tokenizer, info):
       raise errors.UserError(
         f"task.teacher={source}: student and teacher have to cut texts into the same tokens, and "
         f"{apart}; choose models of one tokenizer")

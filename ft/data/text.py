@@ -441,13 +441,13 @@ def _fingerprint(tokenizer) -> str:
   return hashlib.sha256(content.encode()).hexdigest()
 
 
-def tokenizers_differ(tokenizer, folder) -> str:
-  """Returns how a folder's tokenizer differs from another, for a message; "" if it is the same."""
+def tokenizers_differ(tokenizer, info) -> str:
+  """Returns how a checkpoint's tokenizer differs from another, for a message; "" if it does not."""
   from tokenizers import Tokenizer
 
   ours = Tokenizer.from_str(tokenizer.to_str())
   ours.no_truncation()
-  theirs, _ = _load_tokenizer(folder)
+  theirs = _load_tokenizer(info.folder, (info.hf_config or {}).get("model_type", ""))[0].tokenizer
   if _fingerprint(ours) == _fingerprint(theirs):
     return ""
   known, other = ours.get_vocab(), theirs.get_vocab()
