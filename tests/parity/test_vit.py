@@ -432,6 +432,7 @@ def test_defaults_are_upstreams():
         assert getattr(config, name) == theirs, (kind, name)
 
 
+@pytest.mark.slow
 def test_real_weights_equal_transformers(shared, tmp_path):
   source = shared / "weights" / "dinov2-small"
   model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32).eval()

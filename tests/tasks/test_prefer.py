@@ -312,6 +312,7 @@ def test_a_run_learns_what_is_preferred_and_scores_conversations(tiny, tmp_path)
   assert json.loads(done.stdout)["tokens"] == 2, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_has_the_reference_already(tiny, tmp_path, monkeypatch):
   one, measured, evaluated = train.Loop.one, evaluate.run, []
 

@@ -142,7 +142,7 @@ def test_bytes(scanned):
 
 
 @pytest.mark.parametrize("scanned", toys.SCANNED)
-@pytest.mark.parametrize("form", ["int8", "nf4"])
+@pytest.mark.parametrize("form", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_training_sees_the_merged_weights(form, scanned):
   module, variables, ids = case(scanned)
   t = tuned(form, scanned)
@@ -207,9 +207,11 @@ def test_training_moves_no_code(scanned):
 
 
 @pytest.mark.parametrize("method,values", [
-  ("head", {}), ("freeze", {"train": ("layer_1/output", "bias$")}), ("loha", {"rank": 2}),
-  ("ia3", {}), ("lora", {"rank": 2, "dora": True}), ("lora", {"rank": 2, "start": "pissa"}),
-  ("lora", {"rank": 2, "targets": ("all-linear", "embeddings")}), ("oft", {"block_size": 4}),
+  ("freeze", {"train": ("layer_1/output", "bias$")}), ("lora", {"rank": 2, "dora": True}),
+  ("lora", {"rank": 2, "targets": ("all-linear", "embeddings")}),
+  *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+    ("head", {}), ("loha", {"rank": 2}), ("ia3", {}), ("lora", {"rank": 2, "start": "pissa"}),
+    ("oft", {"block_size": 4}))),
 ])
 def test_methods_merge_onto_a_quantised_base(method, values):
   module, _, ids = case()
@@ -304,7 +306,8 @@ def bart_case():
   return bart, bart.Model(config), {"shared"}, {"encoder/positions", "decoder/positions"}
 
 
-@pytest.mark.parametrize("make", [bert_case, efficientnet_case, bart_case])
+@pytest.mark.parametrize("make", [
+  efficientnet_case, *(pytest.param(case, marks=pytest.mark.slow) for case in (bert_case, bart_case))])
 def test_families(make):
   family, module, quantised, left = make()
   inputs = family.probe_inputs(module.config)

@@ -188,6 +188,7 @@ def test_memory_of_full_shows_what_a_gradient_would_add():
   assert lowered.compile().memory_analysis().temp_size_in_bytes > size
 
 
+@pytest.mark.slow
 def test_flops_without_frozen_gradients():
   flops = {method: _step(method, 12, **values)[1].cost_analysis()["flops"]
            for method, values in (("full", {}), ("lora", {"rank": 4}), ("head", {}))}

@@ -59,6 +59,7 @@ def smollm_read(smollm):
   return gguf.read(smollm)
 
 
+@pytest.mark.slow
 def test_real_weights_and_config_are_those_of_transformers(smollm, smollm_read):
   transformers = pytest.importorskip("transformers")
   torch = pytest.importorskip("torch")
