@@ -307,7 +307,8 @@ def bart_case():
 
 
 @pytest.mark.parametrize("make", [
-  efficientnet_case, *(pytest.param(case, marks=pytest.mark.slow) for case in (bert_case, bart_case))])
+  efficientnet_case,
+  *(pytest.param(case, marks=pytest.mark.slow) for case in (bert_case, bart_case))])
 def test_families(make):
   family, module, quantised, left = make()
   inputs = family.probe_inputs(module.config)
