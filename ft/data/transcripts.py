@@ -9,6 +9,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import unicodedata
 
 from ft import errors
 
@@ -122,7 +123,11 @@ class Tokens:
 
   def decode(self, ids) -> str:
     """Returns the words of ids (T,), without marks."""
-    return "".join(text for *_, text in self.segments(ids)).strip()
+    return self.join([text for *_, text in self.segments(ids)])
+
+  def join(self, texts: list[str]) -> str:
+    """Returns texts that follow each other as one."""
+    return (" " if self.layout.spaced else "").join(text.strip() for text in texts if text.strip())
 
   def segments(self, ids) -> list[tuple[float | None, float | None, str]]:
     """Returns (start, end, text) of what stands between marks of time; None where there is none."""
@@ -184,11 +189,17 @@ class Letters:
                unknown if unknown in vocabulary else None)
 
   def encode(self, text: str) -> list[int]:
-    """Returns the ids of a text; RowError for a letter that the model does not have."""
+    """Returns the ids of a text, without punctuation that the model does not have.
+
+    Raises:
+      RowError: a letter that it does not have, nor one for those that it does not have.
+    """
     text = text.upper() if self._upper else text.lower() if self._lower else text
     ids = []
     for letter in self.word.join(text.split()):
       number = self.vocabulary.get(letter)
+      if number is None and unicodedata.category(letter)[0] in "PS":
+        continue  # it is not spoken
       if number is None or number == self.blank:
         number = self.vocabulary.get(self.unknown) if self.unknown else None
         if number is None:
@@ -202,6 +213,10 @@ class Letters:
     letters = "".join(" " if name == self.word else name for name in names
                       if not (name.startswith("<") and name.endswith(">")))
     return " ".join(letters.split())
+
+  def join(self, texts: list[str]) -> str:
+    """Returns texts that follow each other as one."""
+    return " ".join(text for text in texts if text)
 
 
 def needed_frames(ids) -> int:

@@ -18,12 +18,11 @@ import functools
 import json
 from collections.abc import Callable, Mapping
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ft import errors, losses, models, speech, texts
+from ft import errors, losses, models, speech
 from ft.data import audio, sounds, transcripts
 from ft.models import generate
 from ft.tasks import lm
@@ -176,7 +175,7 @@ class Task(lm.Task):
 
   def joined(self, parts: list[dict], answers: list[dict]) -> dict:
     """Returns the answer for a row from those for its parts."""
-    made = {"text": " ".join(answer["text"] for answer in answers if answer["text"])}
+    made = {"text": self.words.join([answer["text"] for answer in answers])}
     if all("segments" in answer for answer in answers):
       made["segments"] = [
         {**segment, **{key: round(segment[key] + part["start"], 2) for key in ("start", "end")
@@ -211,7 +210,7 @@ class Task(lm.Task):
 
   def divergence(self, apply: Callable, variables, base_variables, batch: dict,
                  temperature: float = 1.0) -> tuple:
-    """Returns sums over the batch's tokens, of CTC over its frames: (Σ T² KL(base || model), count).
+    """Returns sums over tokens, of CTC over frames: (Σ T² KL(base || model), count).
 
     See `lm.Task.divergence`.
     """
