@@ -14,7 +14,7 @@ place with data.train=manifest.csv of columns audio and text.
 """
 
 
-def get_config(seconds=12, limit=160, steps=40, rate=1e-3,
+def get_config(seconds=12, limit=160, steps=30, rate=1e-3,
                model="../shared/weights/whisper-tiny.en", folder="../shared/data"):
   return dict(
     title="Speech recognition: spoken digits",
