@@ -50,13 +50,13 @@ def answers(folder, source) -> list[dict]:
   return list(predictor(predictor.rows(str(source))))
 
 
-@pytest.mark.parametrize("kind", ["whisper", "letters"])
+@pytest.mark.parametrize("kind", ["whisper", pytest.param("letters", marks=pytest.mark.slow)])
 def test_a_run_of_transcription(kind, request, recordings, tmp_path):
   model = request.getfixturevalue(kind)
   given = {"task.language": "en"} if kind == "whisper" else {"data.clip_buckets": (0.42, 0.45)}
   record = run(tmp_path / "run", recordings, model, **{
     "task.name": "transcribe", "task.spell_digits": True, "task.max_target": 8,
-    "train.steps": 80, **given})
+    "train.steps": 60, **given})
   test = record["results"]["test"]
   before, after = (test[name]["metrics"] for name in ("zero-shot", "fine-tuned"))
   assert after["nats_per_token"] < before["nats_per_token"] and after["wer"] < before["wer"]
