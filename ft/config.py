@@ -54,7 +54,7 @@ TYPES = {"str": str, "int": int, "float": float, "dict": dict, "list": (list, tu
 NOT_COMPONENTS = ("__init__", "sources", "loader", "splits", "adapters", "parts", "peft",
                   "quantize", "saving", "turns", "tags", "pairs", "answers", "packing", "rendering",
                   "spm", "panel", "timeline", "windows", "blend", "lora_peft", "lora_start",
-                  "peft_reading", "histories")
+                  "peft_reading", "histories", "sounds", "transcripts")
 
 
 @functools.cache

@@ -9,6 +9,9 @@ and by the pretrained one. A task takes part by
     prompt(row), max_prompt       example without what should be written; most tokens it has
     compare(rows, index, texts)   name -> (n, …) statistics, which its metrics read
     sample(row)                   name -> text that a reader compares with
+    decode(ids)                   the text of ids (T,); without it, that of the preprocessing
+    write(apply, variables, batch)  where it is no None, in place of decoding and prompts: "answer"
+                                  and "answer_length" of a model that writes in one pass
 
 and then finds in the outputs of a split "answer" (N, K), "answer_length" and "generated" (N,), 1
 where a row has a text, beside its statistics. All texts are in the run's folder, in samples.jsonl.
@@ -46,6 +49,9 @@ def make_step(task, pretrained, combine, interceptor=None, out_sharding=None):
 
   It is what `state.make_predict_step` returns, of texts: `evaluate.run` reads a split with it.
   """
+  if getattr(task, "write", None):
+    apply = state.make_apply(pretrained.module, interceptor)
+    return state.make_predict_step(task.write, apply, combine, out_sharding)
   write = generate.program(pretrained.module, task.decoding(pretrained), interceptor)
 
   def produce(apply, variables, batch):
@@ -129,7 +135,8 @@ def join(task, rows, outputs: dict, made: dict, index) -> dict:
 
 def decode(task, made: dict) -> list[str]:
   """Returns the texts (n,) of "answer" (n, K) and "answer_length" (n,)."""
-  return [task.preprocess.decode(row[:length])
+  written = task if hasattr(task, "decode") else task.preprocess
+  return [written.decode(row[:length])
           for row, length in zip(made["answer"], made["answer_length"], strict=True)]
 
 

@@ -61,15 +61,20 @@ class Predictor:
 
   def _answer(self, rows: list) -> list[dict]:
     answers, examples, where = [None] * len(rows), [], []
+    cut = getattr(self.task, "parts", lambda row: [row])  # of what is longer than the model reads
+    parts = [[] for _ in rows]
     for place, row in enumerate(rows):
       try:
         if isinstance(row, errors.RowError):
           raise row
         answers[place] = {key: row[key] for key in _PASSED if key in row}
-        examples.append(self.example(row))
-        where.append(place)
+        parts[place] = cut(row)
+        made = [self.example(part) for part in parts[place]]
+        examples += made
+        where += [place] * len(made)
       except errors.RowError as error:
         answers[place] = {**(answers[place] or {}), "error": str(error)}
+    found = [None] * len(examples)
     for part in _alike(examples, self.preprocess.pad):
       chosen = loaders.from_examples([examples[i] for i in part], self.preprocess)
       loader = loaders.Loader(
@@ -80,7 +85,11 @@ class Predictor:
         for at, index in enumerate(outputs["index"]):
           if index >= 0:
             one = {key: np.asarray(value[at]) for key, value in outputs.items()}
-            answers[where[part[index]]] |= self.task.describe(one, self.calibration)
+            found[part[index]] = self.task.describe(one, self.calibration)
+    for place in sorted(set(where)):
+      of_row = [answer for at, answer in zip(where, found, strict=True) if at == place]
+      whole = of_row[0] if len(of_row) == 1 else self.task.joined(parts[place], of_row)
+      answers[place] |= whole
     return answers
 
 

@@ -31,12 +31,14 @@ KEYS = {
     "extra": (None, "name -> source of a further test set, never trained on; see read", "dict"),
     "format": ("", "how files are written; by their suffix when empty",
                ["", "csv", "tsv", "jsonl", "text", "conll", "atomic", "parquet", "npz", "images",
-                "tfds"]),
+                "audio", "tfds"]),
     "columns": (None, "role (text, text_b, negative, words, target, turns, prompt, chosen, "
-                "rejected, completion, label, image, group, id; of interactions user, item, time, "
-                "rating) -> its column", "dict"),
+                "rejected, completion, label, image, audio, group, id; of interactions user, item, "
+                "time, rating) -> its column", "dict"),
     "header": (True, "whether the first line of a CSV or TSV file names the columns"),
     "names": (None, "names of the columns, for CSV and TSV files without a header", "list"),
+    "pattern": ("", "regular expression searched in the names of image and audio files; its named "
+                "groups become columns, as in (?P<label>\\d)_(?P<speaker>[a-z]+)"),
     "encoding": ("utf-8", "encoding of text files"),
     "quoting": ("", "quotes in CSV and TSV files; standard for csv and none for tsv when empty",
                 ["", "standard", "none"]),
@@ -54,11 +56,13 @@ KEYS = {
 }
 ANSWERS = ("prompt", "chosen", "rejected", "completion")
 ROLES = ("text", "text_b", "negative", "words", "target", "turns", *ANSWERS, "label", "image",
-         "group", "id")
+         "audio", "group", "id")
 TEXTS = ("text", "text_b", "negative", "target")
-INPUTS = ("text", "text_b", "words", "turns", "image")
+INPUTS = ("text", "text_b", "words", "turns", "image", "audio")
+FILES = ("image", "audio")
 # modality -> roles, one is needed
-MODALITY = {"text": ("text", "words", "turns", "chosen", "completion"), "image": ("image",)}
+MODALITY = {"text": ("text", "words", "turns", "chosen", "completion"), "image": ("image",),
+            "audio": ("audio",)}
 CARVED = {"validation": "validation_fraction", "test": "test_fraction"}
 _BINARIZE = ("column", "at", "margin", "labels")
 _OWN = ("format", "columns", "header", "names", "encoding", "quoting")
@@ -70,8 +74,8 @@ class Rows:
 
   Values: text, text_b, negative (what text_b is better than) and target str; words a list of str;
   turns a list, see ft.data.turns; prompt, chosen, rejected and completion str or a list, see
-  ft.data.answers; label str, int or a list of them (None: there is none); image a
-  Path, encoded bytes or an array; group and id as in the source.
+  ft.data.answers; label str, int or a list of them (None: there is none); image and
+  audio a Path, encoded bytes or an array; group and id as in the source.
   """
 
   name: str
@@ -96,8 +100,9 @@ class Rows:
       row["label"] = self.binarize["labels"][self.rating(i) > self.binarize["at"]]
     elif "label" in row:
       row["label"] = _label(row["label"])
-    if isinstance(row.get("image"), str):
-      row["image"] = (self.table.folder or pathlib.Path()) / row["image"]
+    for role in FILES:
+      if isinstance(row.get(role), str):
+        row[role] = (self.table.folder or pathlib.Path()) / row[role]
     return row
 
   def where(self, i: int) -> str:
@@ -252,10 +257,43 @@ def _table(config, location: str, split: str, base) -> formats.Table:
     path = folder if folder.is_dir() else path
   else:
     path, kind = resolve.resolve(location, base=base), config.format
+    if not kind and path.is_dir() and config.modality == "audio":
+      kind = "audio"
   display = (location if fetched else str(path)) + (f":{split}" if split else "")
-  return formats.read(path, formats.Options(
+  return _named(config, formats.read(path, formats.Options(
       format=kind, split=split, header=config.header, names=tuple(config.names or ()),
-      encoding=config.encoding, quoting=config.quoting, display=display))
+      encoding=config.encoding, quoting=config.quoting, display=display)))
+
+
+def _named(config, table: formats.Table) -> formats.Table:
+  """Adds the named groups of data.pattern, as found in the names of a table's files, as columns.
+
+  It is searched in the path below the source's folder, with / between its parts.
+  """
+  if not config.pattern:
+    return table
+  try:
+    pattern = re.compile(config.pattern)
+  except re.error as e:
+    raise errors.UserError(f"data.pattern={config.pattern}: no regular expression: {e}") from e
+  given = {role: role for role in FILES} | _plain(config.columns)
+  column = next((given[role] for role in FILES if given[role] in table.columns), None)
+  if column is None or not pattern.groupindex:
+    raise errors.UserError(f"data.pattern={config.pattern}: it needs named groups, such as "
+                           "(?P<label>…), and a source with a column of image or audio files; "
+                           f"{table.source} has {', '.join(table.columns)}.")
+  records = []
+  for i, record in enumerate(table.records):
+    path = pathlib.Path(str(record[column]))
+    below = path.is_relative_to(table.folder) if table.folder else False
+    name = (path.relative_to(table.folder) if below else path).as_posix()
+    match = pattern.search(name)
+    if not match:
+      raise errors.UserError(f"{table.where(i)}: data.pattern={config.pattern} is not found in its "
+                             f"name, {name}.")
+    records.append({**record, **match.groupdict()})
+  columns = tuple(dict.fromkeys((*table.columns, *pattern.groupindex)))
+  return dataclasses.replace(table, columns=columns, records=records)
 
 
 def _pair(config, location: str, base) -> formats.Table:
@@ -475,15 +513,16 @@ def _limit(config, found: dict[str, Rows], report: dict) -> dict[str, Rows]:
 
 def _identities(rows: Rows) -> list[bytes | None]:
   """Returns a key per row that exact duplicates share."""
-  images = [row["image"] if isinstance(row.get("image"), pathlib.Path) else None for row in rows]
-  files = {path for path in images if path and path.is_file()}
+  paths = [next((row[role] for role in FILES if isinstance(row.get(role), pathlib.Path)), None)
+           for row in rows]
+  files = {path for path in paths if path and path.is_file()}
   sizes = collections.Counter(path.stat().st_size for path in files)
   keys = []
   for i, row in enumerate(rows):
-    value = [row[role] for role in ("text", "text_b", "image") if row.get(role) is not None]
+    value = [row[role] for role in ("text", "text_b", *FILES) if row.get(role) is not None]
     value += [repr(row[role]) for role in ("turns", "words", *ANSWERS) if role in row]
-    if images[i] in files:  # only files of one size can be equal, so only those are read
-      path = images[i]
+    if paths[i] in files:  # only files of one size can be equal, so only those are read
+      path = paths[i]
       value = path.read_bytes() if sizes[path.stat().st_size] > 1 else str(path)
     keys.append(b"".join(map(splits.identity, value if isinstance(value, list) else [value])))
   return keys
@@ -491,7 +530,8 @@ def _identities(rows: Rows) -> list[bytes | None]:
 
 def _duplicates(found: dict[str, Rows]) -> dict[str, int]:
   """Counts rows of other splits whose text has an exact duplicate in train."""
-  if not set(MODALITY["text"]) & set(found["train"].roles):
+  roles = set(found["train"].roles)
+  if not set(MODALITY["text"]) & roles or set(FILES) & roles:
     return {}
   known = set(_identities(found["train"]))
   return {name: sum(key in known for key in _identities(rows))

@@ -15,6 +15,8 @@ from typing import Any
 from ft import errors
 from ft.weights import resolve
 
+_FOLDERS = ("tfds", "images", "audio")  # formats that need not be one file
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -75,9 +77,9 @@ def read(path: pathlib.Path | str, options: Options) -> Table:
     raise errors.UserError(
         f"{display}: its format cannot be told from its name; set data.format to one of "
         f"{', '.join(sorted(modules))}.")
-  if name not in ("tfds", "images") and not path.is_file():
+  if name not in _FOLDERS and not path.is_file():
     raise errors.UserError(f"{display} is a folder, and data.format={name} needs a file.")
-  if name not in ("tfds", "images") and path.stat().st_size == 0:
+  if name not in _FOLDERS and path.stat().st_size == 0:
     raise errors.UserError(f"{display} is empty.")
   module = importlib.import_module(f"{__name__}.{modules[name]}")
   table = module.read(path, dataclasses.replace(options, format=name, display=display))
