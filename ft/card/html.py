@@ -6,7 +6,7 @@ Every section is always there; what a run did not record is said in its place.
 import math
 
 from ft import stats
-from ft.card import charts, samples, words
+from ft.card import charts, samples, screening, words
 from ft.card import elements as el
 from ft.card.markup import h, join, name
 from ft.guards import cost
@@ -214,7 +214,7 @@ def _errors(record):
   labels, matrix = confusion.get("labels") or [], confusion.get("matrix") or []
   total = sum(sum(row) for row in matrix)
   if not total:
-    return None
+    return screening.section(record)
   parts = [_matrix(labels, matrix)] if len(labels) <= FEW_LABELS else []
   pairs = sorted(((count, t, p) for t, row in enumerate(matrix) for p, count in enumerate(row)
                   if t != p and count), reverse=True)
@@ -225,7 +225,7 @@ def _errors(record):
                           ["true label", "predicted", ("rows", "n"), ("of its label", "n")], rows))
   if not pairs:
     parts.append(h("p", f"No error on {total:,} test rows."))
-  parts.append(_recalls(labels, matrix))
+  parts += [_recalls(labels, matrix), screening.section(record)]
   return join(parts)
 
 

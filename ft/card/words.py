@@ -11,6 +11,7 @@ METRICS = {"macro_f1": "macro-F1", "auroc": "AUROC", "log_loss": "log-loss", "ec
            "bleu": "BLEU", "chrf": "chrF", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2",
            "rouge_l": "ROUGE-L", "kl_to_reference": "KL to the reference, nats/token (estimate)",
            "entity_f1": "entity F1", "mrr": "MRR", "ndcg@10": "nDCG@10", "mae": "MAE",
+           "sensitivity_at_specificity": "sensitivity at the asked specificity, on its own ROC",
            "rmse": "RMSE", "mse": "MSE", "mase": "MASE", "crps": "CRPS",
            "wql": "WQL", "mape": "MAPE, %", "mae_original": "MAE, own units",
            "rmse_original": "RMSE, own units", "r2": "R²", "spearman": "Spearman's ρ",

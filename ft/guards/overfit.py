@@ -18,7 +18,8 @@ KEYS = {
 # Percentage points are how people speak of these metrics; any other is given in its own unit.
 SHARES = ("accuracy", "macro_f1", "auroc", "entity_f1", "entity_precision", "entity_recall", "mrr",
           "ndcg@10", "recall@1", "recall@5", "recall@10", "unknown_auroc", "unknown_auroc_energy",
-          "accuracy_at_coverage", "likelihood_accuracy", "win_rate")
+          "accuracy_at_coverage", "likelihood_accuracy", "win_rate",
+          "sensitivity_at_specificity")
 UNITS = {"nats_per_token": " nats/token"}
 
 
