@@ -6,7 +6,7 @@ Every section is always there; what a run did not record is said in its place.
 import math
 
 from ft import stats
-from ft.card import charts, samples, screening, words
+from ft.card import charts, pictures, samples, screening, words
 from ft.card import elements as el
 from ft.card.markup import h, join, name
 from ft.guards import cost
@@ -22,7 +22,7 @@ def page(record):
   """The card of one valid, normalised record as a whole HTML document (str)."""
   sections = [("verdict", "Verdict", _verdict), ("results", "Results", _results),
               ("learning", "Learning curves", _learning), ("errors", "Where it errs", _errors),
-              ("samples", "Samples", samples.section),
+              ("samples", "Samples", _samples),
               ("calibration", "Calibration", _calibration), ("data", "Data", _data),
               ("trained", "What was trained", _trained), ("loading", "What was loaded", _loading),
               ("cost", "Cost", _cost), ("reproduce", "Reproduce", _reproduce)]
@@ -163,6 +163,12 @@ def _more_metrics(record):
                                      for row in order]] for key in names]
   return el.table("All metrics on test (shares in per cent)",
                   ["", *[(words.row_name(row), "n") for row in order]], body)
+
+
+def _samples(record):
+  """What was written for rows of test, and what was seen on them."""
+  parts = [part for part in (samples.section(record), pictures.section(record)) if part]
+  return join(parts) if parts else None
 
 
 # ---- Learning, errors, calibration ---------------------------------------------------------------

@@ -77,6 +77,7 @@ FIELDS = (
     ("cost", "dict", "numbers of the cost guard: phases, compile_seconds, peak_host_bytes, …"),
     ("tradeoff", "list[dict]", "of average.wise: alpha, chosen, values: split -> metric"),
     ("samples", "list[dict]", "texts written for rows of test: where, what to compare, answers"),
+    ("pictures", "list[dict]", "images of test: where, words, images: name -> data URI of a PNG"),
     ("missing", "dict", "path of a null number -> why it has no value"),
 )
 

@@ -32,7 +32,7 @@ KEYS = {
     "format": ("", "how files are written; by their suffix when empty",
                ["", "csv", "tsv", "jsonl", "text", "conll", "parquet", "npz", "images", "tfds"]),
     "columns": (None, "role (text, text_b, negative, words, target, turns, prompt, chosen, "
-                "rejected, completion, label, image, group, id) -> its column", "dict"),
+                "rejected, completion, label, image, mask, group, id) -> its column", "dict"),
     "header": (True, "whether the first line of a CSV or TSV file names the columns"),
     "names": (None, "names of the columns, for CSV and TSV files without a header", "list"),
     "encoding": ("utf-8", "encoding of text files"),
@@ -52,7 +52,7 @@ KEYS = {
 }
 ANSWERS = ("prompt", "chosen", "rejected", "completion")
 ROLES = ("text", "text_b", "negative", "words", "target", "turns", *ANSWERS, "label", "image",
-         "group", "id")
+         "mask", "group", "id")
 TEXTS = ("text", "text_b", "negative", "target")
 INPUTS = ("text", "text_b", "words", "turns", "image")
 # modality -> roles, one is needed
@@ -69,7 +69,8 @@ class Rows:
   Values: text, text_b, negative (what text_b is better than) and target str; words a list of str;
   turns a list, see ft.data.turns; prompt, chosen, rejected and completion str or a list, see
   ft.data.answers; label str, int or a list of them (None: there is none); image a
-  Path, encoded bytes or an array; group and id as in the source.
+  Path, encoded bytes or an array, mask too (None: nothing is marked); group and id as in the
+  source.
   """
 
   name: str
@@ -94,8 +95,9 @@ class Rows:
       row["label"] = self.binarize["labels"][self.rating(i) > self.binarize["at"]]
     elif "label" in row:
       row["label"] = _label(row["label"])
-    if isinstance(row.get("image"), str):
-      row["image"] = (self.table.folder or pathlib.Path()) / row["image"]
+    for role in ("image", "mask"):
+      if isinstance(row.get(role), str):
+        row[role] = (self.table.folder or pathlib.Path()) / row[role] if row[role] else None
     return row
 
   def where(self, i: int) -> str:
@@ -406,6 +408,7 @@ def _carve(config, rows: Rows, names: list[str]) -> list[Rows]:
   if sum(shares.values()) >= 1:
     raise errors.UserError(
         "data.validation_fraction and data.test_fraction leave nothing to train on.")
+  _check_classes(rows)
   groups = [row["group"] for row in rows] if config.group else None
   keys = _identities(rows) if config.keep_duplicates_together else None
   labels = rows.classes if config.stratify else None
@@ -419,6 +422,17 @@ def _carve(config, rows: Rows, names: list[str]) -> list[Rows]:
           f"{rows.table.source}: too few {what} ({unit.max() + 1}) to carve {name} from; give it a "
           "source of its own or a larger fraction.")
   return [rows.select(indices, name) for name, indices in parts.items()]
+
+
+def _check_classes(rows: Rows) -> None:
+  """A class of one image could be trained on alone: nothing would say what was learnt of it."""
+  counts = _count(rows.classes or ()) if "image" in rows.roles else {}
+  lonely = [label for label, count in counts.items() if count == 1]
+  if lonely:
+    raise errors.UserError(
+        f"{rows.table.source}: there is one image only of {', '.join(lonely[:12])}, so that "
+        "none is left to carve validation and test from; add images, take the class out, or name "
+        "sources in data.validation and data.test.")
 
 
 def _hold_out(config, found: dict[str, Rows], report: dict) -> dict[str, Rows]:

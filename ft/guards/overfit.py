@@ -19,7 +19,8 @@ KEYS = {
 SHARES = ("accuracy", "macro_f1", "auroc", "entity_f1", "entity_precision", "entity_recall", "mrr",
           "ndcg@10", "recall@1", "recall@5", "recall@10", "unknown_auroc", "unknown_auroc_energy",
           "accuracy_at_coverage", "likelihood_accuracy", "win_rate",
-          "sensitivity_at_specificity")
+          "sensitivity_at_specificity", "f1", "precision", "recall", "false_alarms",
+          "pixel_auroc", "pro")
 UNITS = {"nats_per_token": " nats/token"}
 
 
