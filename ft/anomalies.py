@@ -140,7 +140,8 @@ def score(images, bank, *, distance: str, how: str, neighbours: int):
   Args:
     bank: (M, D), of `patches`; with the distance "cosine" of length 1.
     distance: one of DISTANCES.
-    how: "patchcore", "max" or "tail".
+    how: "patchcore", or of the distances "max", "tail" or "mean": the last for surfaces that a
+      defect changes everywhere a little.
     neighbours: b of `patchcore`.
   """
   rows, measure = images.reshape(images.shape[0], -1, images.shape[-1]), DISTANCES[distance]
@@ -150,7 +151,7 @@ def score(images, bank, *, distance: str, how: str, neighbours: int):
     away, place = nearest(one, bank, measure)
     if how == "patchcore":
       return patchcore(one, away, place, bank, neighbours, measure), away
-    return (tail(away) if how == "tail" else jnp.max(away)), away
+    return {"max": jnp.max, "mean": jnp.mean, "tail": tail}[how](away), away
 
   scores, away = jax.lax.map(of_image, rows)
   return scores, away.reshape(images.shape[:3])

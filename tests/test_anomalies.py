@@ -59,6 +59,9 @@ def test_cosine_and_the_tail():
   score, _ = anomalies.score(jnp.asarray(images), anomalies.unit(jnp.float32(bank)),
                              distance="cosine", how="tail", neighbours=1)
   np.testing.assert_allclose(score, want, rtol=1e-4)
+  score, maps = anomalies.score(jnp.asarray(images), anomalies.unit(jnp.float32(bank)),
+                                distance="cosine", how="mean", neighbours=1)
+  np.testing.assert_allclose(score, np.mean(maps, (1, 2)), rtol=1e-5)
 
 
 def test_patches_equal_pooling_and_interpolation_of_torch():

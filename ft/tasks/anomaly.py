@@ -24,7 +24,8 @@ KEYS = {
   "neighbourhood": (3, "cells on a side that a patch is the average of, odd", (1, 15)),
   "distance": ("euclidean", "of a patch to those of the bank", ["euclidean", "cosine"]),
   "score": ("patchcore", "of an image: its patches' largest distance, reweighted by the bank's "
-            "neighbours; largest; mean of the largest 1 %", ["patchcore", "max", "tail"]),
+            "neighbours; the largest; the mean of the largest 1 %; the mean",
+            ["patchcore", "max", "tail", "mean"]),
   "neighbours": (9, "patchcore: neighbours that reweight; 1: none", (1, None)),
   "pool": (50_000, "patches of train, drawn at random, that the bank is chosen from; 0: all",
            (0, None)),

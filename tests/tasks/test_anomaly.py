@@ -27,7 +27,7 @@ def save(path, pixels):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """A tiny network, and a data set as MVTec's: nominal images in train, holes with masks in test."""
+  """A tiny network, and a data set as MVTec's: nominal images in train, holes and masks in test."""
   folder, rng = tmp_path_factory.mktemp("cloth"), np.random.default_rng(0)
   for i in range(24):
     save(folder / "train" / "good" / f"{i}.png", cloth(rng))
