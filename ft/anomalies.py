@@ -7,38 +7,12 @@ Shapes: B images, P patches of an image, D features, M patches in the bank, N im
 """
 
 import functools
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-STRIDES = (8, 16)  # pixels a cell of the maps that are taken, where the model has such
 SMOOTH = 4.0  # pixels: standard deviation of the Gaussian that smooths a map
-
-
-def choose(maps: Sequence, height: int) -> tuple[int, ...]:
-  """Returns which of a model's maps (B, h, w, C) to take: those of STRIDES, else the last."""
-  found = tuple(i for i, y in enumerate(maps) if round(height / y.shape[1]) in STRIDES)
-  return found or (len(maps) - 1,)
-
-
-def patches(maps: Sequence, size: int):
-  """Returns (B, h, w, D): maps (B, h', w', C) averaged locally, at the largest grid, side by side.
-
-  Args:
-    maps: at least one.
-    size: side of the neighbourhood that cells are the average of, odd; 1: themselves. Zeros around
-      the map count, as in anomalib.
-  """
-  reach = (size - 1) // 2
-  averaged = [jax.lax.reduce_window(
-    y.astype(jnp.float32), 0.0, jax.lax.add, (1, size, size, 1), (1, 1, 1, 1),
-    ((0, 0), (reach, reach), (reach, reach), (0, 0))) / size**2 for y in maps]
-  grid = max((y.shape[1:3] for y in averaged), key=np.prod)
-  return jnp.concatenate([
-    y if y.shape[1:3] == grid else
-    jax.image.resize(y, (y.shape[0], *grid, y.shape[3]), "bilinear") for y in averaged], -1)
 
 
 def unit(x):

@@ -30,7 +30,9 @@ def export(run, tuned, frozen, state, calibration: dict, writer: bool) -> None:
   Raises:
     TrainingFailed: the written files do not give the same outputs.
   """
-  company = frozen.get(tune.COMPANY, {}) if hasattr(run.task, "save") else {}
+  company = {}
+  if hasattr(run.task, "save"):
+    company = {**frozen.get(tune.COMPANY, {}), **state.trainable.get(tune.COMPANY, {})}
   frozen, trainable, mutable = tune.alone(frozen), tune.alone(state.trainable), state.mutable
   merged = None if tuned.merge is None else {**tuned.merge(frozen, trainable), **mutable}
   if jax.process_count() > 1:  # the writer must hold what it writes
@@ -50,7 +52,7 @@ def export(run, tuned, frozen, state, calibration: dict, writer: bool) -> None:
     files = {**run.pretrained.files, **own, "ft.json": json.dumps(spec, indent=1).encode()}
     models.export(dataclasses.replace(run.pretrained, variables=merged, files=files),
                   run.folder / "model")
-  if run.config.tune.method != "full" and tuned.table:
+  if run.config.tune.method not in ("full", "none") and tuned.table:
     base = saving.Base(config_lib.to_json(run.config.model), run.task.model_args, run.config.seed)
     saving.save(run.folder / "adapter", run.pretrained, tuned, frozen, {**trainable, **mutable},
                 base, spec)

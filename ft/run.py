@@ -89,12 +89,13 @@ def accompany(run: Run, tuned: tune.Tuned, examples: dict) -> tune.Tuned:
   """Adds the variables that the task has beside the model's, such as a teacher's.
 
   Where the task has `company(pretrained, tuned, sharding) -> (trainable, frozen)`, it finds both
-  joined in variables["company"]. They are in no export, the frozen ones in no checkpoint either.
+  joined in variables["company"]. The frozen ones are in no checkpoint. None are in an export, but
+  for what the task's `save(company) -> {file name: bytes}` gives, which lies beside the exported
+  model, and which `restore(folder) -> company` reads for prediction.
 
   A task that learns without a gradient gives `fit(stream) -> frozen` in its place, such as a bank
   of features: `stream(split)` yields what its `observe(apply, variables, batch)` makes of each
-  batch, as host arrays without padding. What its `save(frozen) -> {file name: bytes}` returns is
-  exported, and `restore(folder) -> frozen` reads it for prediction.
+  batch, as host arrays without padding.
   """
   if hasattr(run.task, "fit"):
     return tune.accompany(tuned, {}, run.task.fit(observer(run, tuned, examples)))

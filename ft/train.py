@@ -120,7 +120,8 @@ def train(config, folder: os.PathLike, command: str = "") -> dict | None:
     # The state: pretrained or resumed.
     total = config.train.steps or max(1, round(config.train.epochs * load["train"].steps_per_epoch))
     total = total if tuned.table else 0  # nothing trains
-    tx, schedule = optim.make(config.optim, tuned.trainable, total, run.pretrained.head, tuned)
+    heads = (*run.pretrained.head, *getattr(run.task, "head", ()))
+    tx, schedule = optim.make(config.optim, tuned.trainable, total, heads, tuned)
     fresh = state.create(tuned.trainable, mutable, tx, config.seed, config.average.ema)
     fresh = mesh.place(fresh, mesh.shardings(run.mesh, fresh))
     checkpoints = checkpoint.Checkpoints(home.path / "checkpoints", config.train.keep)

@@ -13,6 +13,7 @@ METRICS = {"macro_f1": "macro-F1", "auroc": "AUROC", "log_loss": "log-loss", "ec
            "entity_f1": "entity F1", "mrr": "MRR", "ndcg@10": "nDCG@10", "mae": "MAE",
            "sensitivity_at_specificity": "sensitivity at the asked specificity, on its own ROC",
            "f1": "F1 at the threshold", "pixel_auroc": "AUROC of pixels", "pro": "PRO up to 30 %",
+           "miou": "mean IoU",
            "rmse": "RMSE", "mse": "MSE", "mase": "MASE", "crps": "CRPS",
            "wql": "WQL", "mape": "MAPE, %", "mae_original": "MAE, own units",
            "rmse_original": "RMSE, own units", "r2": "R²", "spearman": "Spearman's ρ",

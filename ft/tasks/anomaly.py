@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ft import anomalies, errors, stats, thumbnails, tune
+from ft import anomalies, errors, feature_maps, stats, thumbnails, tune
 
 KEYS = {
   "nominal": ("", "label of images without a defect; empty: the only one that train has"),
@@ -37,6 +37,7 @@ KEYS = {
   "pictures": (8, "images of test whose heat maps are on the card", (0, 50)),
 }
 
+STRIDES = (8, 16)  # pixels a cell of the maps that are taken by default
 FILE = "bank.npz"  # beside the exported model
 SEED = 0  # of the patches that are drawn and of the coreset: the same bank whatever the run's seed
 _SAVED = ("maps", "neighbourhood", "distance", "score", "neighbours")
@@ -153,11 +154,8 @@ class Task:
     """Returns {"patches": (B, h, w, D) float32}, what `fit` is made of."""
     pixels = self.preprocess.finish({"pixel_values": batch["pixel_values"]})
     maps = apply(variables, pixels, None)["feature_maps"]
-    chosen = self._how["maps"] or anomalies.choose(maps, batch["pixel_values"].shape[1])
-    if max(chosen) >= len(maps) or min(chosen) < 0:
-      raise errors.UserError(f"task.maps={list(chosen)}: the model has maps 0 to {len(maps) - 1}")
-    found = anomalies.patches([maps[i] for i in chosen], self._how["neighbourhood"])
-    return {"patches": found}
+    chosen = feature_maps.pick(maps, self._how["maps"], batch["pixel_values"].shape[1], STRIDES)
+    return {"patches": feature_maps.patches(chosen, self._how["neighbourhood"])}
 
   def fit(self, stream: Callable[[str], Iterable[dict]]) -> dict:
     """Returns {"bank": (M, D), "threshold": ()}: all that is learnt.
