@@ -30,6 +30,7 @@ def get_config(model="efficientnet", folder="../shared/weights"):
   )
   if model == "dinov2":
     config["model"] = dict(source=f"{folder}/dinov2-small")
-    config["data"] |= dict(size=252, resize="squash")
+    config["data"] |= dict(
+      size=252, resize="squash", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     config["task"] |= dict(maps=(), neighbourhood=1, distance="cosine", score="tail")
   return config

@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 
-SIDE = 160  # pixels: largest side of an image on the card
+SIDE = 144  # pixels: largest side of an image on the card
 _COLOURS = 64
 _HOT, _STRENGTH = np.float32([220, 30, 30]), 0.75
 
