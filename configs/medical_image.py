@@ -14,6 +14,10 @@ Measured on test (n = 624), seeds 0, 1, 2 (mean ± sd), CPU, jax 0.10.2, 2 to 4 
 
 The normal class is what fails: a tenth of the training rows, more than a third of the test rows;
 logit adjustment (tau 1) is on against it. Rate 3e-4 in place of 5e-4 gave 82.2 on seed 0.
+
+The card also judges it as a screening test: sensitivity where validation keeps a specificity of
+90 %, predictive values and net benefit for a prevalence of 10 %. That test is not like validation
+shows in the specificity that it keeps.
 """
 
 
@@ -30,7 +34,7 @@ def get_config(folder="../shared/data"):
       modality="image", train=f"{file}:train", validation=f"{file}:val", test=f"{file}:test",
       size=80, resize="squash", crop="pad", crop_pixels=6, flip="h",
     ),
-    task=dict(logit_adjustment=1.0),
+    task=dict(logit_adjustment=1.0, specificity=0.9, prevalence=0.1),
     optim=dict(rate=5e-4, head_rate_factor=10.0),
     train=dict(batch=32, epochs=3.0, eval_every=0.334, train_sample=256),
   )

@@ -41,7 +41,8 @@ def make(config, trainable, total_steps: int, head: tuple[str, ...] = (), tuned=
 
   Args:
     config: the section `optim`.
-    trainable: tree of arrays (or shapes) the optimizer will see; nothing else enters it.
+    trainable: tree of arrays (or shapes) the optimizer will see; nothing else enters it. Where it
+      is empty, nothing of the section is read.
     total_steps: optimizer steps of the whole run.
     head: path prefixes of the head, such as ("params/classifier",).
     tuned: the tuning method's split, whose `rates`, `stages` and `after` are used; or None.
@@ -55,6 +56,8 @@ def make(config, trainable, total_steps: int, head: tuple[str, ...] = (), tuned=
     UserError: rate missing, warm-up as long as the run, a key that the rule never reads, or
       `layer_decay` for a tree without numbered layers.
   """
+  if not jax.tree.leaves(trainable):
+    return optax.identity(), lambda step: 0.0
   _check(config)
   stages = getattr(tuned, "stages", None)
   schedule = make_schedule(config, total_steps)

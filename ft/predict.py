@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import jax
 import numpy as np
 
-from ft import errors, generation, models, state
+from ft import errors, generation, models, state, tune
 from ft.data import loader as loaders
 from ft.tune import saving
 
@@ -36,6 +36,8 @@ class Predictor:
     self.rows = self.preprocess.read_rows
     self.state = state.State(None, None, {}, {}, None, None)
     apply, pretrained, interceptor, self.variables = load(self.folder)
+    if hasattr(self.task, "restore"):
+      self.variables = {**self.variables, tune.COMPANY: self.task.restore(self.folder)}
     combine = lambda frozen, trainable: frozen  # noqa: E731
     self.step = state.make_predict_step(self.task.predict, apply, combine)
     self.write, self._buckets = None, self.preprocess.buckets

@@ -30,11 +30,15 @@ def export(run, tuned, frozen, state, calibration: dict, writer: bool) -> None:
   Raises:
     TrainingFailed: the written files do not give the same outputs.
   """
+  company = {}
+  if hasattr(run.task, "save"):
+    company = {**frozen.get(tune.COMPANY, {}), **state.trainable.get(tune.COMPANY, {})}
   frozen, trainable, mutable = tune.alone(frozen), tune.alone(state.trainable), state.mutable
   merged = None if tuned.merge is None else {**tuned.merge(frozen, trainable), **mutable}
   if jax.process_count() > 1:  # the writer must hold what it writes
     gather = jax.jit(lambda tree: tree, out_shardings=mesh.replicated(run.mesh))
-    frozen, trainable, mutable, merged = gather((frozen, trainable, mutable, merged))
+    frozen, trainable, mutable, merged, company = gather(
+      (frozen, trainable, mutable, merged, company))
   if not writer:
     return
   spec = {
@@ -44,10 +48,11 @@ def export(run, tuned, frozen, state, calibration: dict, writer: bool) -> None:
     "calibration": calibration,
   }
   if merged is not None:
-    files = {**run.pretrained.files, "ft.json": json.dumps(spec, indent=1).encode()}
+    own = run.task.save(company) if company else {}
+    files = {**run.pretrained.files, **own, "ft.json": json.dumps(spec, indent=1).encode()}
     models.export(dataclasses.replace(run.pretrained, variables=merged, files=files),
                   run.folder / "model")
-  if run.config.tune.method != "full" and tuned.table:
+  if run.config.tune.method not in ("full", "none") and tuned.table:
     base = saving.Base(config_lib.to_json(run.config.model), run.task.model_args, run.config.seed)
     saving.save(run.folder / "adapter", run.pretrained, tuned, frozen, {**trainable, **mutable},
                 base, spec)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 from absl import logging
 
-from ft import errors, evaluate, mesh, models, state, tune
+from ft import errors, evaluate, logs, mesh, models, state, tune
 from ft.data import loader as loaders
 from ft.data import sources
 
@@ -85,16 +85,44 @@ def prepare(config, folder, poll) -> tuple[Run, dict]:
   return run, examples
 
 
-def accompany(run: Run, tuned: tune.Tuned) -> tune.Tuned:
+def accompany(run: Run, tuned: tune.Tuned, examples: dict) -> tune.Tuned:
   """Adds the variables that the task has beside the model's, such as a teacher's.
 
   Where the task has `company(pretrained, tuned, sharding) -> (trainable, frozen)`, it finds both
-  joined in variables["company"]. They are in no export, the frozen ones in no checkpoint either.
+  joined in variables["company"]. The frozen ones are in no checkpoint. None are in an export, but
+  for what the task's `save(company) -> {file name: bytes}` gives, which lies beside the exported
+  model, and which `restore(folder) -> company` reads for prediction.
+
+  A task that learns without a gradient gives `fit(stream) -> frozen` in its place, such as a bank
+  of features: `stream(split)` yields what its `observe(apply, variables, batch)` makes of each
+  batch, as host arrays without padding.
   """
+  if hasattr(run.task, "fit"):
+    return tune.accompany(tuned, {}, run.task.fit(observer(run, tuned, examples)))
   if not hasattr(run.task, "company"):
     return tuned
   sharding = functools.partial(mesh.shard, run.mesh)
   return tune.accompany(tuned, *run.task.company(run.pretrained, tuned, sharding))
+
+
+def observer(run: Run, tuned: tune.Tuned, examples: dict) -> Callable:
+  """Returns `stream` of a task's `fit`; see `accompany`. Rows come once, in their order."""
+  apply = state.make_apply(run.pretrained.module, tuned.reader)
+  step = state.make_predict_step(
+    run.task.observe, apply, tuned.combine, mesh.replicated(run.mesh)
+  )
+  c = run.config.train
+
+  def stream(split: str):
+    batches = loader(run, examples[split], c.eval_batch or 2 * c.batch)
+    bar = logs.Progress(f"looking at {split}", batches.steps_per_epoch)
+    for done, batch in enumerate(batches.iterate(0, batches.steps_per_epoch), start=1):
+      run.poll()
+      outputs = jax.device_get(step(tuned.trainable, {}, tuned.frozen, run.place(batch)))
+      bar.show(done, "")
+      yield {key: value[outputs["index"] >= 0] for key, value in outputs.items()}
+
+  return stream
 
 
 def make_loaders(run: Run, examples: dict) -> dict:

@@ -87,7 +87,7 @@ def train(config, folder: os.PathLike, command: str = "") -> dict | None:
       config.tune, run.pretrained.variables, jax.random.PRNGKey(config.seed), run.pretrained.head,
       tune.Context(run.pretrained, functools.partial(probe_gradient, run, examples), report=True),
     )
-    tuned = accompany(run, tuned)
+    tuned = accompany(run, tuned, examples)
     logging.info("%s", tune.describe(tuned))
     averaging.check(config, tuned)
     generation.check(run.task, tuned)
@@ -119,7 +119,9 @@ def train(config, folder: os.PathLike, command: str = "") -> dict | None:
 
     # The state: pretrained or resumed.
     total = config.train.steps or max(1, round(config.train.epochs * load["train"].steps_per_epoch))
-    tx, schedule = optim.make(config.optim, tuned.trainable, total, run.pretrained.head, tuned)
+    total = total if tuned.table else 0  # nothing trains
+    heads = (*run.pretrained.head, *getattr(run.task, "head", ()))
+    tx, schedule = optim.make(config.optim, tuned.trainable, total, heads, tuned)
     fresh = state.create(tuned.trainable, mutable, tx, config.seed, config.average.ema)
     fresh = mesh.place(fresh, mesh.shardings(run.mesh, fresh))
     checkpoints = checkpoint.Checkpoints(home.path / "checkpoints", config.train.keep)

@@ -6,7 +6,7 @@ Every section is always there; what a run did not record is said in its place.
 import math
 
 from ft import stats
-from ft.card import charts, samples, words
+from ft.card import charts, pictures, samples, screening, words
 from ft.card import elements as el
 from ft.card.markup import h, join, name
 from ft.guards import cost
@@ -22,7 +22,7 @@ def page(record):
   """The card of one valid, normalised record as a whole HTML document (str)."""
   sections = [("verdict", "Verdict", _verdict), ("results", "Results", _results),
               ("learning", "Learning curves", _learning), ("errors", "Where it errs", _errors),
-              ("samples", "Samples", samples.section),
+              ("samples", "Samples", _samples),
               ("calibration", "Calibration", _calibration), ("data", "Data", _data),
               ("trained", "What was trained", _trained), ("loading", "What was loaded", _loading),
               ("cost", "Cost", _cost), ("reproduce", "Reproduce", _reproduce)]
@@ -167,6 +167,12 @@ def _more_metrics(record):
                   ["", *[(words.row_name(row), "n") for row in order]], body)
 
 
+def _samples(record):
+  """What was written for rows of test, and what was seen on them."""
+  parts = [part for part in (samples.section(record), pictures.section(record)) if part]
+  return join(parts) if parts else None
+
+
 # ---- Learning, errors, calibration ---------------------------------------------------------------
 
 
@@ -216,7 +222,7 @@ def _errors(record):
   labels, matrix = confusion.get("labels") or [], confusion.get("matrix") or []
   total = sum(sum(row) for row in matrix)
   if not total:
-    return None
+    return screening.section(record)
   parts = [_matrix(labels, matrix)] if len(labels) <= FEW_LABELS else []
   pairs = sorted(((count, t, p) for t, row in enumerate(matrix) for p, count in enumerate(row)
                   if t != p and count), reverse=True)
@@ -227,7 +233,7 @@ def _errors(record):
                           ["true label", "predicted", ("rows", "n"), ("of its label", "n")], rows))
   if not pairs:
     parts.append(h("p", f"No error on {total:,} test rows."))
-  parts.append(_recalls(labels, matrix))
+  parts += [_recalls(labels, matrix), screening.section(record)]
   return join(parts)
 
 

@@ -2,7 +2,7 @@
 
 import html
 
-VOID = ("meta", "br", "hr", "col", "line", "circle", "rect", "path", "polyline")
+VOID = ("meta", "br", "hr", "col", "line", "circle", "rect", "path", "polyline", "img")
 
 
 class Markup(str):

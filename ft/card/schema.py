@@ -66,12 +66,19 @@ FIELDS = (
     ("calibration.*", "any", "further numbers of the calibrate guard"),
     ("abstention.threshold", "number!", "of the confidence, fitted on validation"),
     ("abstention.splits.*", "dict", "split -> answered, accuracy_answered, unknown_refused, …"),
+    ("screening.positive", "str!", "label that counts as positive"),
+    ("screening.threshold", "number!", "probability from which rows are flagged, from validation"),
+    ("screening.asked", "number!", "specificity that the threshold was chosen for"),
+    ("screening.validation", "number!", "share of positives of validation"),
+    ("screening.splits.*", "dict", "split -> n, positives, prevalence, sensitivity, specificity, "
+     "ppv, npv, auroc, each with _interval, and the decision curve"),
     ("guards.*.verdict", "str!", "ok | warning | alarm | not measured"),
     ("guards.*.words", "str!", "one sentence with the numbers"),
     ("guards.*.numbers", "dict", "the numbers behind it"),
     ("cost", "dict", "numbers of the cost guard: phases, compile_seconds, peak_host_bytes, …"),
     ("tradeoff", "list[dict]", "of average.wise: alpha, chosen, values: split -> metric"),
     ("samples", "list[dict]", "texts written for rows of test: where, what to compare, answers"),
+    ("pictures", "list[dict]", "images of test: where, words, images: name -> data URI of a PNG"),
     ("missing", "dict", "path of a null number -> why it has no value"),
 )
 

@@ -109,6 +109,26 @@ class Preprocess:
       self.counts["converted"] += converted
     return {"pixel_values": pixels}
 
+  def mask(self, row: dict) -> np.ndarray:
+    """Returns the row's "mask" at the size of its image as the model sees it: (height, width).
+
+    Values are uint8 as they are in the file, not scaled and not mixed; all 0 where mask is None.
+
+    Raises:
+      RowError: it cannot be read, has several channels, or another size than its image.
+    """
+    import PIL.Image
+    image, _ = self._open(row["image"], whole=True)
+    if row["mask"] is None:
+      found = PIL.Image.new("L", image.size)
+    else:
+      found = decode_mask(row["mask"], self._config.max_pixels, self.formats)
+    if found.size != image.size:
+      sides = ["x".join(map(str, one.size)) for one in (found, image)]
+      raise errors.RowError(f"{_name(row['mask'])}: the mask has {sides[0]} pixels, its image "
+                            f"{sides[1]}; they have to be of one size")
+    return np.asarray(self._fit(found, "nearest"))
+
   def augment(self, example: dict, rng: np.random.Generator) -> dict:
     """Returns the example with its pixels changed as a function of rng alone; shape and type stay.
 
@@ -170,18 +190,18 @@ class Preprocess:
     values.update({key: value for key, value in spec.items() if key in KEYS})
     return cls(types.SimpleNamespace(**values))
 
-  def _open(self, source):
-    """Returns (RGB image, whether its pixels were of another kind)."""
+  def _open(self, source, whole: bool = False):
+    """Returns (RGB image, whether its pixels were of another kind); `whole`: of its own size."""
     if isinstance(source, dict):  # as Hugging Face's parquet files keep an image
       source = source.get("bytes") or source.get("path")
     if isinstance(source, np.ndarray):
       return decode_array(source, self._config.max_pixels)
     # Pillow can decode a large JPEG at a fraction of its size, far faster; twice the size is left.
-    near = 2 * self.size if self.resize != "none" else 0
+    near = 2 * self.size if self.resize != "none" and not whole else 0
     return decode(source, self._config.max_pixels, self.formats, near)
 
-  def _fit(self, image):
-    """Returns the image at the size the model sees."""
+  def _fit(self, image, resample: str = ""):
+    """Returns the image at the size the model sees; `resample`: in place of the filter set."""
     width, height = image.size
     if not self.size or (width, height) == (self.size, self.size):
       return image
@@ -190,7 +210,7 @@ class Preprocess:
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     box = (left, top, left + side, top + side) if self.resize == "shorter" else None
-    return image.resize((self.size, self.size), _filter(self._config.resample), box)
+    return image.resize((self.size, self.size), _filter(resample or self._config.resample), box)
 
 
 from_spec = Preprocess.from_spec
@@ -283,6 +303,38 @@ def decode_array(array: np.ndarray, max_pixels: int):
     raise errors.RowError(f"pixels of type {pixels.dtype} have no known range: give uint8 0…255")
   converted = pixels.ndim == 2 or pixels.shape[-1] == 4 or array.dtype != np.uint8
   return _rgb(PIL.Image.fromarray(np.ascontiguousarray(pixels))), converted
+
+
+def decode_mask(source, max_pixels: int, formats=_SAFE_FORMATS):
+  """Opens a mask: a number a pixel, as it is in the file (of a palette, the index).
+
+  Args:
+    source: path, bytes, or array (H, W) of integers from 0 to 255.
+    max_pixels, formats: see `decode`.
+
+  Returns:
+    PIL image of mode L.
+
+  Raises:
+    RowError: as `decode`, or it has several channels or numbers beyond 255.
+  """
+  import PIL.Image
+  pixels = source
+  if not isinstance(source, np.ndarray):
+    decode(source, max_pixels, formats)  # whatever is wrong with it is said here
+    with PIL.Image.open(_stream(source), formats=formats) as image:
+      pixels = np.asarray(image)
+  if pixels.ndim != 2 or pixels.dtype.kind not in "bui" or pixels.size and (
+      pixels.min() < 0 or pixels.max() > 255):
+    raise errors.RowError(f"{_name(source)}: a mask has one channel of whole numbers from 0 to "
+                          f"255; this is {pixels.dtype} {'x'.join(map(str, pixels.shape))}")
+  return PIL.Image.fromarray(pixels.astype(np.uint8))
+
+
+def _name(source) -> str:
+  if isinstance(source, (bytes, np.ndarray)):
+    return f"{len(source)} {'bytes' if isinstance(source, bytes) else 'rows of pixels'}"
+  return str(source)
 
 
 def shift(pixels, most: int, rng):

@@ -33,8 +33,8 @@ KEYS = {
                ["", "csv", "tsv", "jsonl", "text", "conll", "atomic", "parquet", "npz", "images",
                 "audio", "tfds"]),
     "columns": (None, "role (text, text_b, negative, words, target, turns, prompt, chosen, "
-                "rejected, completion, label, image, audio, group, id; of interactions user, item, "
-                "time, rating) -> its column", "dict"),
+                "rejected, completion, label, image, mask, audio, group, id; of interactions user, "
+                "item, time, rating) -> its column", "dict"),
     "header": (True, "whether the first line of a CSV or TSV file names the columns"),
     "names": (None, "names of the columns, for CSV and TSV files without a header", "list"),
     "pattern": ("", "regular expression searched in the names of image and audio files; its named "
@@ -56,7 +56,7 @@ KEYS = {
 }
 ANSWERS = ("prompt", "chosen", "rejected", "completion")
 ROLES = ("text", "text_b", "negative", "words", "target", "turns", *ANSWERS, "label", "image",
-         "audio", "group", "id")
+         "mask", "audio", "group", "id")
 TEXTS = ("text", "text_b", "negative", "target")
 INPUTS = ("text", "text_b", "words", "turns", "image", "audio")
 FILES = ("image", "audio")
@@ -74,8 +74,8 @@ class Rows:
 
   Values: text, text_b, negative (what text_b is better than) and target str; words a list of str;
   turns a list, see ft.data.turns; prompt, chosen, rejected and completion str or a list, see
-  ft.data.answers; label str, int or a list of them (None: there is none); image and
-  audio a Path, encoded bytes or an array; group and id as in the source.
+  ft.data.answers; label str, int or a list of them (None: there is none); image and audio a Path,
+  encoded bytes or an array, mask too (None: nothing is marked); group and id as in the source.
   """
 
   name: str
@@ -100,9 +100,9 @@ class Rows:
       row["label"] = self.binarize["labels"][self.rating(i) > self.binarize["at"]]
     elif "label" in row:
       row["label"] = _label(row["label"])
-    for role in FILES:
+    for role in (*FILES, "mask"):
       if isinstance(row.get(role), str):
-        row[role] = (self.table.folder or pathlib.Path()) / row[role]
+        row[role] = (self.table.folder or pathlib.Path()) / row[role] if row[role] else None
     return row
 
   def where(self, i: int) -> str:
@@ -446,6 +446,7 @@ def _carve(config, rows: Rows, names: list[str]) -> list[Rows]:
   if sum(shares.values()) >= 1:
     raise errors.UserError(
         "data.validation_fraction and data.test_fraction leave nothing to train on.")
+  _check_classes(rows)
   groups = [row["group"] for row in rows] if config.group else None
   keys = _identities(rows) if config.keep_duplicates_together else None
   labels = rows.classes if config.stratify else None
@@ -459,6 +460,17 @@ def _carve(config, rows: Rows, names: list[str]) -> list[Rows]:
           f"{rows.table.source}: too few {what} ({unit.max() + 1}) to carve {name} from; give it a "
           "source of its own or a larger fraction.")
   return [rows.select(indices, name) for name, indices in parts.items()]
+
+
+def _check_classes(rows: Rows) -> None:
+  """A class of one image could be trained on alone: nothing would say what was learnt of it."""
+  counts = _count(rows.classes or ()) if "image" in rows.roles else {}
+  lonely = [label for label, count in counts.items() if count == 1]
+  if lonely:
+    raise errors.UserError(
+        f"{rows.table.source}: there is one image only of {', '.join(lonely[:12])}, so that "
+        "none is left to carve validation and test from; add images, take the class out, or name "
+        "sources in data.validation and data.test.")
 
 
 def _hold_out(config, found: dict[str, Rows], report: dict) -> dict[str, Rows]:

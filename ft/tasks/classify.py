@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ft import abstaining, errors, mixing, stats
+from ft import abstaining, errors, mixing, screening, stats
 
 KEYS = {
   "labels_kind": ("single", "one label an example, or several (a list, or a|b)",
@@ -27,6 +27,11 @@ KEYS = {
              (0.0, None)),
   "coverage": (0.0, "share of validation rows that are answered, and below whose confidence "
                "predictions abstain; 0: all are", (0.0, 1.0)),
+  "specificity": (0.0, "share of negatives that the threshold from which rows are flagged as "
+                  "positive leaves below it on validation; 0: none is flagged", (0.0, 1.0)),
+  "prevalence": (0.0, "share of positives that predictive values and net benefit are stated for; "
+                 "0: that of each split", (0.0, 1.0)),
+  "positive": ("", "label that counts as positive; empty: the second of two"),
   "metric": ("accuracy", "what the best checkpoint is chosen by",
              ["accuracy", "macro_f1", "auroc"]),
 }
@@ -72,8 +77,11 @@ class Task:
       raise errors.UserError("task.coverage is for one label an example; set it to 0")
     named = {name: _named_labels(rows, config.labels_kind) for name, rows in data.splits.items()}
     labels = _order({label for names in named["train"] for label in names})
+    if config.labels_kind == "multi" and config.specificity:
+      raise errors.UserError("task.specificity is for one label an example; set it to 0")
     self._settle(config.labels_kind, labels, config.metric, preprocess,
-                 getattr(data, "unknown", ()), config.coverage)
+                 getattr(data, "unknown", ()), config.coverage,
+                 (config.positive, config.specificity, config.prevalence))
     for name, rows in data.splits.items():
       self._check_known(named[name], rows)
     if len(labels) < 2 - self.multi:
@@ -86,9 +94,11 @@ class Task:
       counts[[self._index[label] for label in names]] += 1
     self._set_priors(counts, len(named["train"]))
 
-  def _settle(self, kind, labels, metric, preprocess, unknown=(), coverage=0.0):
+  def _settle(self, kind, labels, metric, preprocess, unknown=(), coverage=0.0,
+              screens=("", 0.0, 0.0)):
     self.multi, self._unknown, self._coverage = kind == "multi", tuple(unknown), coverage
     self.labels = list(labels)
+    self._screens, self._screening = screens, screening.settle(self.labels, *screens)
     self.metric = (metric, "max")
     self.model_args = {"num_labels": len(self.labels), "labels": self.labels}
     self.preprocess = preprocess
@@ -122,14 +132,16 @@ class Task:
   def spec(self) -> dict:
     """Returns what `from_spec` needs, as JSON."""
     return {"labels": self.labels, "labels_kind": "multi" if self.multi else "single",
-            "metric": self.metric[0], "unknown": list(self._unknown), "coverage": self._coverage}
+            "metric": self.metric[0], "unknown": list(self._unknown), "coverage": self._coverage,
+            "screening": list(self._screens)}
 
   @classmethod
   def from_spec(cls, spec: Mapping, preprocess) -> "Task":
     """Returns a task that can predict and describe (not train), from what `spec` returned."""
     task = cls.__new__(cls)
     task._settle(spec["labels_kind"], spec["labels"], spec["metric"], preprocess,
-                 spec.get("unknown", ()), spec.get("coverage", 0.0))
+                 spec.get("unknown", ()), spec.get("coverage", 0.0),
+                 spec.get("screening", ("", 0.0, 0.0)))
     return task
 
   def describe_task(self) -> dict:
@@ -264,7 +276,8 @@ class Task:
 
     accuracy (multi: all labels of a row right), macro_f1, auroc, log_loss, ece, and recall/<label>
     of the classes that occur. All are NaN where a logit is not finite. Where labels are unknown:
-    accuracy over all rows, the rest over the known ones, and what `abstaining.measure` gives.
+    accuracy over all rows, the rest over the known ones, and what `abstaining.measure` gives. With
+    task.specificity also sensitivity_at_specificity.
 
     Args:
       outputs: "logits" (N, C), "label" (N,) or (N, C).
@@ -283,6 +296,7 @@ class Task:
       "log_loss": stats.log_loss(probabilities, label),
       "ece": stats.ece(probabilities, label),
       **self._recalls(decisions, label),
+      **(self._screening.measure(probabilities, label) if self._screening else {}),
     }
     return {key: float(value) if finite else float("nan") for key, value in found.items()}
 
@@ -317,13 +331,22 @@ class Task:
     """Returns what is fitted to a split (validation).
 
     {"temperature": T} (`stats.fit_temperature`) and, with task.coverage, the "threshold" that this
-    share of the rows' confidences, at that temperature, lies above.
+    share of the rows' confidences, at that temperature, lies above; with task.specificity "flag",
+    the calibrated probability from which a row is flagged as positive.
     """
     found = {"temperature": stats.fit_temperature(outputs["logits"], outputs["label"])}
     if self._coverage:
       found["threshold"] = abstaining.threshold(outputs["logits"], found["temperature"],
                                                 self._coverage)
+    if self._screening:
+      found["flag"] = self._screening.threshold(*self._known(outputs, found["temperature"]))
     return found
+
+  def _known(self, outputs: dict, temperature: float) -> tuple:
+    """Returns calibrated probabilities (n, C) and labels (n,) of the rows with a known label."""
+    label = np.asarray(outputs["label"])
+    logits = np.asarray(outputs["logits"], np.float64)[label >= 0]
+    return self._probabilities(logits / temperature), label[label >= 0]
 
   def describe(self, outputs: dict, calibration: Mapping) -> dict:
     """Returns the answer for one row as JSON types.
@@ -335,7 +358,9 @@ class Task:
     Returns:
       label (multi: list of the labels above one half; None where the confidence is below the
       threshold of task.coverage), confidence (calibrated probability of the
-      label; multi: of the least certain of the decisions), probabilities {label: calibrated}.
+      label; multi: of the least certain of the decisions), probabilities {label: calibrated}; with
+      task.specificity "flagged", whether the probability of the positive label reaches the
+      threshold.
     """
     logits = np.asarray(outputs["logits"], np.float64) / calibration["temperature"]
     chances = self._probabilities(logits)
@@ -346,14 +371,17 @@ class Task:
       label, confidence = self.labels[int(chances.argmax())], chances.max()
       if confidence < calibration.get("threshold", 0.0):
         label = None
-    return {
+    found = {
       "label": label, "confidence": float(confidence),
       "probabilities": {n: float(p) for n, p in zip(self.labels, chances, strict=True)},
     }
+    if self._screening:
+      found["flagged"] = bool(chances[self._screening.positive] >= calibration["flag"])
+    return found
 
   def evidence(self, outputs: dict, calibration: Mapping) -> dict:
     """Returns the card's fields about the tuned outputs: the confusion matrix of test, and what
-    abstaining does on every split but validation."""
+    abstaining, and flagging positives, do on every split but validation."""
     test, found = outputs.get("test"), {}
     if self.multi or test is None:
       return {}
@@ -363,6 +391,15 @@ class Task:
       found["abstention"] = {"threshold": calibration["threshold"], "splits": {
         name: abstaining.account(part["logits"], part["label"], calibration)
         for name, part in outputs.items() if name != "validation"}}
+    if self._screening:
+      known = {name: self._known(part, calibration["temperature"])
+               for name, part in outputs.items()}
+      found["screening"] = {
+        "positive": self.labels[self._screening.positive], "threshold": calibration["flag"],
+        "asked": self._screening.specificity,
+        "validation": float((known["validation"][1] == self._screening.positive).mean()),
+        "splits": {name: self._screening.account(*part, calibration["flag"])
+                   for name, part in known.items() if name != "validation"}}
     return found
 
   def baselines(self, features: dict) -> dict:

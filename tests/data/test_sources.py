@@ -149,6 +149,31 @@ def test_folders_that_are_not_classes(tmp_path):
   assert "no images in it" in error(modality="image", train=str(tmp_path / "other"))
 
 
+def test_a_class_of_one_image_cannot_be_carved(tmp_path):
+  for name in ("cat/1.png", "cat/2.png", "cat/3.png", "dog/4.png"):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    write(tmp_path / name, name)
+  assert "one image only of dog, so that none is left" in error(modality="image",
+                                                                train=str(tmp_path))
+
+
+def test_masks_of_images(tmp_path):
+  for name in ("images/a.png", "images/b.jpg", "masks/a.png", "masks/b.png"):
+    (tmp_path / "whole" / name).parent.mkdir(parents=True, exist_ok=True)
+    write(tmp_path / "whole" / name, name)
+  rows = sources.read(config("image"), str(tmp_path / "whole"))
+  assert [(row["image"].name, row["mask"].name) for row in rows] == [
+      ("a.png", "a.png"), ("b.jpg", "b.png")]
+  (tmp_path / "whole/masks/b.png").unlink()
+  assert "1 of 2 images have no mask" in error(modality="image", train=str(tmp_path / "whole"))
+  for name in ("test/good/0.png", "test/crack/0.png", "ground_truth/crack/0_mask.png"):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    write(tmp_path / name, name)
+  rows = sources.read(config("image"), str(tmp_path / "test"))
+  assert [(row["label"], row["mask"] and row["mask"].name) for row in rows] == [
+      ("crack", "0_mask.png"), ("good", None)]
+
+
 def test_images_named_in_a_table(tmp_path):
   path = write(tmp_path / "a.csv", "image,label\nsub/1.png,x\n")
   assert sources.read(config("image"), path)[0]["image"] == tmp_path / "sub/1.png"

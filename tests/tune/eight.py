@@ -18,6 +18,7 @@ ROWS = 8
 CASES = {
   "full": (small.a_bert, {}),
   "head": (small.a_bert, {}),
+  "none": (small.a_bert, {}),
   "freeze": (small.a_bert, {"select": "bias"}),
   "staged": (small.a_bert, {"order": "unfreeze"}),
   "sparse": (small.a_bert, {"rank": 2, "support": "magnitude"}),

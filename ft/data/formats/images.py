@@ -1,4 +1,9 @@
-"""A folder of images by class: the label of an image is the name of its folder."""
+"""A folder of images by class: the label of an image is the name of its folder.
+
+Masks are found where they lie as in the MVTec data sets: of `test/crack/000.png` in
+`ground_truth/crack/000_mask.png` beside `test`; and in `masks` beside a folder `images`, under the
+name of their image, in a folder that holds these two alone.
+"""
 
 import pathlib
 
@@ -35,6 +40,8 @@ def listed(path: pathlib.Path, options: Options, role: str, suffixes: tuple) -> 
   files = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
   found = [p for p in files if p.suffix.lower() in suffixes]
   folders = sorted({p.relative_to(path).parts[0] for p in found if p.parent != path})
+  if folders == ["images", "masks"]:
+    return _masked(path, found, options)
   if not found:
     raise errors.UserError(
         f"{options.display}: no {options.format} in it (looked for {' '.join(suffixes)}); it holds "
@@ -53,7 +60,30 @@ def listed(path: pathlib.Path, options: Options, role: str, suffixes: tuple) -> 
         f"folders {', '.join(folders)}; move them into one.")
   records = [{role: p, **({"label": p.relative_to(path).parts[0]} if folders else {})}
              for p in found]
+  masks = [_ground_truth(path, p) for p in found]
+  if any(masks):
+    records = [{**record, "mask": mask} for record, mask in zip(records, masks, strict=True)]
   return Table(options.display, tuple(records[0]), records, lambda i: str(found[i]), path)
+
+
+def _ground_truth(path: pathlib.Path, image: pathlib.Path) -> pathlib.Path | None:
+  """Returns the mask of an image of a split's folder, or None."""
+  mask = path.parent / "ground_truth" / image.relative_to(path).parent / f"{image.stem}_mask.png"
+  return mask if mask.is_file() else None
+
+
+def _masked(path: pathlib.Path, found: list[pathlib.Path], options: Options) -> Table:
+  """Returns images with the masks of their names; UserError names an image without one."""
+  of = {p.relative_to(path / "masks").with_suffix(""): p for p in found
+        if (path / "masks") in p.parents}
+  images = [p for p in found if (path / "images") in p.parents]
+  records = [{"image": p, "mask": of.get(p.relative_to(path / "images").with_suffix(""))}
+             for p in images]
+  bare = [str(record["image"]) for record in records if record["mask"] is None]
+  if bare:
+    raise errors.UserError(f"{options.display}: {len(bare)} of {len(images)} images have no mask "
+                           f"in {path / 'masks'} under their name, such as {bare[0]}.")
+  return Table(options.display, ("image", "mask"), records, lambda i: str(images[i]), path)
 
 
 def _hidden(path: pathlib.Path) -> bool:
