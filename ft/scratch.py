@@ -9,7 +9,6 @@ from a model of another domain.
 
 import json
 import pathlib
-import types
 from collections.abc import Iterable
 
 import jax
@@ -121,8 +120,7 @@ def write_recommender(folder, source: str, columns: dict | None = None, kind: st
     UserError: the folder is there already, a source is not, or sizes do not fit.
   """
   folder = _absent(folder)
-  options = types.SimpleNamespace(format="", header=True, names=None, encoding="utf-8", quoting="")
-  _, table, indices = sources.table(options, source)
+  _, table, indices = sources.table(sources.written(), source)
   column = histories.columns(columns, table, needed=("item",))["item"]
   items = list(dict.fromkeys(histories.names(table, indices, column, "item")))
   files = {interactions.ITEMS: json.dumps(items).encode()}

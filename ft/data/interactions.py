@@ -264,7 +264,7 @@ class Preprocess:
         path.write_text(text)
         yield from list(self.read_rows(str(path)))
       return
-    config = types.SimpleNamespace(**self._files, format="")
+    config = sources.written(**self._files)
     _, table, indices = sources.table(config, source)
     if "history" in table.columns:
       for i in indices:

@@ -298,7 +298,7 @@ class Preprocess:
         path.write_text(sys.stdin.read())
         yield from list(self.read_rows(str(path)))
       return
-    config = types.SimpleNamespace(**self._files, format="")
+    config = sources.written(**self._files)
     _, table, indices = sources.table(config, source)
     for raw in panel.read(self._keys, {"input": (table, indices)}).series:
       yield self._row(raw)

@@ -218,6 +218,12 @@ def read(config, spec, *, name: str = "input", base=None, tables: dict | None = 
   return Rows(name, content, roles, indices, binarize)
 
 
+def written(**given):
+  """Returns how a file is written, as `table` reads it: defaults but for the keys given."""
+  keys = ("format", "header", "names", "encoding", "quoting", "pattern")
+  return types.SimpleNamespace(**{key: KEYS[key][0] for key in keys} | given)
+
+
 def table(config, spec, *, base=None, tables: dict | None = None) -> tuple:
   """Reads a source before its columns get roles; arguments as those of `read`.
 
