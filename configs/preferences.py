@@ -12,6 +12,12 @@ pretrained model, which prefers what it gives more likelihood a token, and the l
 
 loss: dpo | ipo | hinge | robust | orpo | simpo | cpo | kto (both answers of a pair count) | reward
 (a reward model); beta: see task.beta; rows: pairs to learn from; folder: where the pairs lie.
+
+Measured, dpo, seed 0, two busy CPU cores, 15 minutes; accuracy of 128 pairs, per cent, with 95 %
+intervals: fine-tuned 78.9 [71.9, 85.9], pretrained 72.7 [64.8, 79.7], longer answer 29.7 [21.1,
+37.5]. The difference from the pretrained model, +6.2 [-3.1, 15.6], shows no gain on so few pairs.
+The chosen replies themselves became less likely, 2.95 -> 4.06 nats a token, which is what
+--config.task.sft_weight is for.
 """
 
 

@@ -13,6 +13,14 @@ with a user's own films ranked too: compare ndcg@10_incl_seen, or set seen=rank.
 data: any table of (user, item, time); prepare.py makes its start, with --start=RUN from a run on
 another domain, and --kind=bert4rec for BERT4Rec. split: leave-one-out, or time. seen: exclude or
 rank what a user chose before. k_core: of users and items. dropout: rate, everywhere.
+
+Measured, seed 0, two busy CPU cores, 6.6 minutes; NDCG@10 of 943 users with 95 % intervals, and in
+RecBole's protocol, a user's own films ranked too:
+
+  fine-tuned      .112 [.097, .128]   .0591 (HR@10 .1326)
+  last-item kNN   .083 [.068, .096]   .0541
+  item-kNN        .056 [.045, .068]   .0289
+  popularity      .043 [.033, .053]   .0220
 """
 
 ML_100K = "pypi:recbole==1.2.1/recbole/dataset_example/ml-100k/ml-100k.inter"
