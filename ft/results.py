@@ -58,21 +58,24 @@ def export(run, tuned, frozen, state, calibration: dict, writer: bool) -> None:
                 base, spec)
 
 
-def conclude(
-  run, tuned, outputs, baseline, calibration, host, examples, command, writer, tradeoff=()
-) -> dict:
+def conclude(context: guards.Context, features, baseline, calibration, host, command, writer):
   """Builds the record of the run, writes its card and tells the terminal; returns the record.
 
   Where the task has `beside(tuned, pretrained) -> arrays (N, …)`, the tuned outputs of a split get
   these of both models' outputs, and its metrics may compare the two row by row.
 
   Args:
-    outputs: split -> what the tuned model gave.
+    context: the finished run.
+    features: split -> what `run.extract_features` gave, or None.
     baseline: row name -> split -> what no training gives, or None.
     calibration: what the task fitted on validation.
     host: what the loop recorded.
-    tradeoff: what `averaging.sweep` measured.
+    command: the command line of the run.
+    writer: whether this process writes.
   """
+  run, tuned, outputs = context.run, context.tuned, context.outputs
+  gathered = guards.gather(run.config.guard, context)
+  run.lap("guards")
   metric, mode = getattr(run.task, "judged", run.task.metric)
   rows = {
     split: {**{name: of[split] for name, of in (baseline or {}).items() if split in of},
@@ -89,14 +92,19 @@ def conclude(
     score=run.task.score,
     metrics=run.task.metrics, value=run.task.value, count=getattr(run.task, "count", None),
     blocks=getattr(run.task, "blocks", None),
+    features=features if features and run.task.head_features else {}, rows=run.data.splits,
+    labels=tuple(getattr(run.task, "labels", ())), gathered=gathered,
     extra=tuple(name for name in outputs if name not in ("validation", "test")),
   )
   resamples = run.config.guard.overfit.resamples
   results = overfit.results(evidence, resamples)
   differences = overfit.differences(evidence, resamples)
   run.lap("results")
-  evidence.cost = describe_cost(run, tuned, host)
-  found = guards.measure(run.config.guard, evidence)
+  others = [name for name in guards.names() if name != "cost"]
+  found = guards.measure(run.config.guard, evidence, others)
+  run.lap("guards")
+  evidence.cost = describe_cost(run, tuned, host)  # with what the other guards took
+  found |= guards.measure(run.config.guard, evidence, ["cost"])
   record = {
     "title": run.config.title or f"{run.config.model.source}: {run.config.task.name}",
     "notes": [*run.config.notes, *tuned.notes],
@@ -104,7 +112,7 @@ def conclude(
     "config": config_lib.to_json(run.config),
     "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     "versions": versions(),
-    "data": describe_data(run, examples),
+    "data": describe_data(run, context.examples),
     "model": describe_model(run, tuned),
     "task": {"name": run.config.task.name, "metric": metric, **run.task.describe_task()},
     "history": host["history"],
@@ -115,7 +123,7 @@ def conclude(
     "calibration": found["calibrate"]["numbers"],
     "guards": found,
     "cost": found["cost"]["numbers"],
-    "tradeoff": list(tradeoff),
+    "tradeoff": list(context.final.tradeoff),
     "samples": generation.samples(run, rows, writer),
   }
   if writer:

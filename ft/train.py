@@ -23,6 +23,7 @@ from ft import (
   errors,
   evaluate,
   generation,
+  guards,
   logs,
   mesh,
   optim,
@@ -160,7 +161,8 @@ def train(config, folder: os.PathLike, command: str = "") -> dict | None:
       results.export(run, final.tuned, final.frozen, final.state, calibration, writer)
     run.lap("export")
     return results.conclude(
-      run, tuned, outputs, baseline, calibration, host, examples, command, writer, final.tradeoff
+      guards.Context(run, examples, tuned, final, outputs), features, baseline, calibration, host,
+      command, writer,
     )
 
 

@@ -6,7 +6,7 @@ Every section is always there; what a run did not record is said in its place.
 import math
 
 from ft import stats
-from ft.card import charts, pictures, samples, screening, words
+from ft.card import charts, evidence, pictures, samples, screening, words
 from ft.card import elements as el
 from ft.card.markup import h, join, name
 from ft.guards import cost
@@ -23,7 +23,8 @@ def page(record):
   sections = [("verdict", "Verdict", _verdict), ("results", "Results", _results),
               ("learning", "Learning curves", _learning), ("errors", "Where it errs", _errors),
               ("samples", "Samples", _samples),
-              ("calibration", "Calibration", _calibration), ("data", "Data", _data),
+              ("calibration", "Calibration", _calibration), *evidence.sections(),
+              ("data", "Data", _data),
               ("trained", "What was trained", _trained), ("loading", "What was loaded", _loading),
               ("cost", "Cost", _cost), ("reproduce", "Reproduce", _reproduce)]
   links = h("nav", h("ul", [h("li", h("a", title, href=f"#{key}")) for key, title, _ in sections]),

@@ -48,6 +48,8 @@ KEYS = {
     "test_fraction": (0.2, "share of the training source carved for test", (0.0, 0.9)),
     "stratify": (True, "whether carved splits keep the shares of the labels"),
     "group": ("", "column whose equal values never straddle splits (patient, customer, author)"),
+    "attributes": ((), "columns whose values results are told apart by, such as sex, region; see "
+                   "guard.bias"),
     "keep_duplicates_together": (True, "whether exact duplicates never straddle carved splits"),
     "split_seed": (0, "seed of the carving, apart from the run's own seed", (0, 2147483647)),
     "per_label": (0, "most training rows of each label, for few-shot runs; 0 for all", (0, None)),
@@ -75,7 +77,8 @@ class Rows:
   Values: text, text_b, negative (what text_b is better than) and target str; words a list of str;
   turns a list, see ft.data.turns; prompt, chosen, rejected and completion str or a list, see
   ft.data.answers; label str, int or a list of them (None: there is none); image and audio a Path,
-  encoded bytes or an array, mask too (None: nothing is marked); group and id as in the source.
+  encoded bytes or an array, mask too (None: nothing is marked); group and id as in the source;
+  attributes a dict column -> str ("" where there is no value) of those that the source has.
   """
 
   name: str
@@ -83,6 +86,7 @@ class Rows:
   roles: dict[str, str]
   indices: np.ndarray
   binarize: dict | None = None
+  attributes: tuple[str, ...] = ()
 
   def __len__(self) -> int:
     return len(self.indices)
@@ -100,6 +104,8 @@ class Rows:
       row["label"] = self.binarize["labels"][self.rating(i) > self.binarize["at"]]
     elif "label" in row:
       row["label"] = _label(row["label"])
+    if self.attributes:
+      row["attributes"] = {column: _text(record.get(column)) for column in self.attributes}
     for role in (*FILES, "mask"):
       if isinstance(row.get(role), str):
         row[role] = (self.table.folder or pathlib.Path()) / row[role] if row[role] else None
@@ -215,7 +221,9 @@ def read(config, spec, *, name: str = "input", base=None, tables: dict | None = 
   roles = _roles(config, content, labelled)
   if config.binarize:
     roles.pop("label", None)
-  return Rows(name, content, roles, indices, binarize)
+  # One that is not there ends no run: the guard that asks for it says so on the card.
+  attributes = tuple(name for name in config.attributes if name in content.columns)
+  return Rows(name, content, roles, indices, binarize, attributes)
 
 
 def written(**given):

@@ -4,9 +4,15 @@ A guard is a module with `KEYS` (its config, `guard.<file>.<key>`) and
 
     measure(config, evidence) -> {"verdict": str, "words": one sentence, "numbers": {…}}
 
-where the verdict is "ok", "warning", "alarm" or "not measured". Guards are found by file name: a
-new one touches no other file. What a guard needs and does not find is "not measured" with the
-reason; a guard never ends a run.
+where the verdict is "ok", "warning", "alarm" or "not measured". One that has to ask the model what
+the outputs of the splits do not tell also has
+
+    gather(config, context) -> anything
+
+which is called once, after the tuned model was judged and exported, and whose result `measure`
+finds in `evidence.gathered[<file>]`. Guards are found by file name: a new one touches no other
+file. What a guard needs and does not find is "not measured" with the reason (raise `Missing` from
+`gather`); a guard never ends a run.
 """
 
 import collections.abc
@@ -44,6 +50,12 @@ class Evidence:
     count: outputs -> how many rows the metric is of; None: all of them.
     blocks: outputs -> (N,) numbers of rows that depend on each other and are resampled together;
       None: rows are independent.
+    features: split -> {"features" (N, D), "label", "index" (N,)}, what the label head reads of the
+      model before tuning; {} where the task has no such features or baselines are off.
+    rows: split -> its rows, dicts role -> value (`data.sources.Rows`), which are of use beside
+      outputs and features by their "index"; rows that could not be used are in neither.
+    labels: names of the classes by index, where there are any.
+    gathered: guard name -> what its `gather` returned, or the `Missing` that it raised.
     extra: names of the splits beyond test that were never trained on, in display order.
     cost: see `ft/guards/cost.py`.
   """
@@ -58,8 +70,36 @@ class Evidence:
   value: collections.abc.Callable | None = None
   count: collections.abc.Callable | None = None
   blocks: collections.abc.Callable | None = None
+  features: dict[str, dict] = dataclasses.field(default_factory=dict)
+  rows: dict[str, collections.abc.Sequence] = dataclasses.field(default_factory=dict)
+  labels: tuple[str, ...] = ()
+  gathered: dict = dataclasses.field(default_factory=dict)
   extra: tuple[str, ...] = ()
   cost: dict = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """The finished run as `gather` may use it.
+
+  Attributes:
+    run: `ft.run.Run`; `run.pretrained.variables` are gone by now, `averaging.pretrained` reads them
+      again.
+    examples: split -> `data.loader.Examples`.
+    tuned: `tune.Tuned` of the run.
+    final: `averaging.Final`, the model that was judged and exported.
+    outputs: split -> what it gave.
+  """
+
+  run: object
+  examples: dict
+  tuned: object
+  final: object
+  outputs: dict
+
+
+class Missing(Exception):  # noqa: N818 (no fault: what could not be measured, and why)
+  """Raised by `gather` where something that it needs is not there; its text is the reason."""
 
 
 def names() -> list[str]:
@@ -73,21 +113,48 @@ def defaults(name: str) -> types.SimpleNamespace:
   return types.SimpleNamespace(**{key: spec[0] for key, spec in keys.items()})
 
 
-def measure(config, evidence: Evidence) -> dict[str, dict]:
+def gather(config, context: Context) -> dict:
+  """Lets every guard that is on ask the model: guard name -> what it found.
+
+  Args:
+    config: the `guard` section.
+    context: the finished run.
+  """
+  found = {}
+  for name in names():
+    guard, section = importlib.import_module(f"{__name__}.{name}"), getattr(config, name)
+    if not section.on or not hasattr(guard, "gather"):
+      continue
+    try:
+      found[name] = guard.gather(section, context)
+    except Missing as reason:
+      found[name] = reason
+    # As in `measure`.
+    except Exception as error:  # noqa: BLE001
+      logging.exception("guard %s failed", name)
+      found[name] = Missing(f"the guard failed: {type(error).__name__}: {error}")
+  return found
+
+
+def measure(config, evidence: Evidence, which=None) -> dict[str, dict]:
   """Runs every guard.
 
   Args:
     config: the `guard` section (attributes by guard name), or None for all defaults.
     evidence: what the run recorded.
+    which: names of guards, in place of all.
 
   Returns:
     guard name -> {"verdict", "words", "numbers"}.
   """
   results = {}
-  for name in names():
+  for name in names() if which is None else which:
     section = getattr(config, name, None) or defaults(name)
     if not section.on:
       results[name] = not_measured(f"switched off by config.guard.{name}.on=False")
+      continue
+    if isinstance(evidence.gathered.get(name), Missing):
+      results[name] = not_measured(str(evidence.gathered[name]))
       continue
     try:
       results[name] = importlib.import_module(f"{__name__}.{name}").measure(section, evidence)

@@ -53,6 +53,13 @@ def test_csv_with_quotes_over_lines(tmp_path):
   assert rows.select([3, 1])[0] == rows[3]
 
 
+def test_attributes_stand_beside_the_row_where_the_source_has_them(tmp_path):
+  path = write(tmp_path / "a.csv", "text,label,sex\nall good,1,F\nno good,0,\n")
+  rows = sources.read(config(attributes=("sex", "age")), path)
+  assert [row["attributes"] for row in rows] == [{"sex": "F"}, {"sex": ""}]
+  assert "attributes" not in sources.read(config(), path)[0]
+
+
 def test_two_files_of_parallel_lines(tmp_path):
   a = tmp_path / "a.en.gz"
   a.write_bytes(gzip.compress(b"one\n\ntwo, a comma\nthree\n"))
