@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -13,6 +14,8 @@ from ft import errors
 from ft.card import html, schema, words
 
 JSON, HTML = "card.json", "card.html"
+# Of the summary: lines, columns of splits, characters of a guard's line.
+_LINES, _COLUMNS, _WIDTH = 10, 6, 160
 
 
 def write(record, folder):
@@ -64,25 +67,49 @@ def read(folder):
 
 
 def summary(record):
-  """The card in at most 12 terminal lines: results by split with intervals, then the verdicts."""
+  """The card on the terminal: results by split with intervals, then the verdicts.
+
+  Ten lines, or more where the table alone leaves less than four of them; what does not fit is
+  named by a line of its own.
+  """
   record = schema.normalise(record)
+  lines = _results(record)
+  if "test" in (record.get("results") or {}):
+    lines.append(words.verdict(record, "test"))
+  lines += [line for line in (words.elsewhere(record),) if line]
+  found = words.tally(record)
+  raised = [label for verdict in ("alarm", "warning") for label in found.pop(verdict, ())]
+  rest = "; ".join(f"{verdict}: {', '.join(labels)}" for verdict, labels in found.items())
+  room = max(_LINES - len(lines) - bool(rest), 2)
+  shown = raised if len(raised) <= room else raised[:room - 1]
+  for label in shown:
+    guard = record["guards"][label]
+    lines.append(words.shortened(f"{guard['verdict']}, {label}: {guard['words']}", _WIDTH))
+  if len(shown) < len(raised):
+    more = ", ".join(f"{label} ({record['guards'][label]['verdict']})"
+                     for label in raised[len(shown):])
+    lines.append(f"raised too: {more}")
+  if rest:
+    lines.append(f"{rest[0].upper()}{rest[1:]} (why is in {HTML})")
+  return "\n".join(lines)
+
+
+def _results(record):
+  """The table of results as aligned lines, and the protocol."""
   metric, results = record["task"]["metric"], record.get("results") or {}
   splits = words.splits_in_order(record)
   names = words.rows_in_order({key: 0 for split in splits for key in results[split]})
-  table = [[words.unit(metric), *splits]]
+  shown, hidden = splits[:_COLUMNS], len(splits[_COLUMNS:])
+  table = [[words.unit(metric), *shown, *[f"({hidden} more in {HTML})"] * bool(hidden)]]
   for key in names:
-    cells = [results[split].get(key) for split in splits]
+    cells = [results[split].get(key) for split in shown]
     table.append([words.row_name(key), *[_cell(entry, metric) for entry in cells]])
-  widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-  lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-           for row in table]
+  widths = [max(len(row[i]) for row in table) for i in range(len(shown) + 1)]
+  lines = ["  ".join(cell.ljust(width) for cell, width in
+                     itertools.zip_longest(row, widths, fillvalue=0)).rstrip() for row in table]
   if record["task"].get("protocol"):
     lines.append(f"({record['task']['protocol']})")
-  found = [sentence for *_, sentence in words.verdicts(record)]
-  room = 12 - len(lines)
-  if len(found) > room:
-    found = found[:room - 1] + [f"{len(found) - room + 1} more splits are on the card."]
-  return "\n".join(lines + found)
+  return lines
 
 
 def fingerprint(rows):

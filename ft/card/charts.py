@@ -10,6 +10,7 @@ from ft.card.markup import h
 
 WIDTH = 340
 _LEFT, _RIGHT = 44, 12  # Margins of the plots with two axes.
+_BESIDE, _KEY = 15, 40  # Characters of a name beside a bar, and in the key of a plot.
 
 
 def intervals(rows, metric, low, high, label):
@@ -19,7 +20,8 @@ def intervals(rows, metric, low, high, label):
     rows: [(name, value, (lo, hi) or None, emphasised)]. metric: for the format of numbers.
     low, high: ends of the scale. label: what a screen reader says.
   """
-  left, right, step = 96, WIDTH - 44, 24
+  above = max(len(name) for name, *_ in rows) > _BESIDE  # Long names stand above their bars.
+  left, right, step = (8, WIDTH - 52, 40) if above else (96, WIDTH - 44, 24)
   height = step * len(rows) + 26
 
   def x(value):
@@ -30,8 +32,10 @@ def intervals(rows, metric, low, high, label):
     parts.append(h("line", x1=_r(x(tick)), x2=_r(x(tick)), y1=4, y2=height - 22, cls="grid"))
     parts.append(h("text", _tick(tick, metric), x=_r(x(tick)), y=height - 8, cls="tick mid"))
   for i, (name, value, pair, strong) in enumerate(rows):
-    y, cls = step * i + 16, "strong" if strong else "weak"
-    parts.append(h("text", name, x=left - 10, y=y + 4, cls=f"row end {cls}"))
+    y, cls = step * i + (30 if above else 16), "strong" if strong else "weak"
+    at = {"x": 0, "y": y - 14, "cls": f"row halo {cls}"} if above else {
+        "x": left - 10, "y": y + 4, "cls": f"row end {cls}"}
+    parts.append(h("text", _clip(name, 52), **at))
     if pair and all(words.finite(v) for v in pair):
       parts.append(h("line", x1=_r(x(pair[0])), x2=_r(x(pair[1])), y1=y, y2=y, cls=f"bar {cls}"))
     if words.finite(value):
@@ -48,7 +52,8 @@ def lines(series, label, mark=None, metric="", axis="step"):
     series: [(name, [(step, value)], class)] in drawing order. label: what a screen reader says.
     mark: (step, text) of a vertical line, or None. metric: for the format of the axis.
   """
-  height, top, bottom = 210, 30, 182
+  keys, room = _legend(series)
+  height, top, bottom = 210 + room, 30 + room, 182 + room
   points = [point for _, curve, _ in series for point in curve]
   first, last = min(s for s, _ in points), max(s for s, _ in points)
   last = last if last > first else first + 1
@@ -67,11 +72,10 @@ def lines(series, label, mark=None, metric="", axis="step"):
   if marked:
     at, end = x(mark[0]), x(mark[0]) > WIDTH * 0.7
     parts.append(h("line", x1=_r(at), x2=_r(at), y1=top, y2=bottom, cls="mark"))
-  offset = _LEFT
-  for name, curve, cls in series:
-    parts.append(h("line", x1=offset, x2=offset + 18, y1=12, y2=12, cls=f"line {cls}"))
-    parts.append(h("text", name, x=offset + 23, y=16, cls="tick"))
-    offset += 34 + 6.2 * len(name)
+  for (name, curve, cls), (at, line) in zip(series, keys, strict=True):
+    parts.append(h("line", x1=_r(at), x2=_r(at + 18), y1=line + 12, y2=line + 12,
+                   cls=f"line {cls}"))
+    parts.append(h("text", _clip(name, _KEY), x=_r(at + 23), y=line + 16, cls="tick"))
     if len(curve) <= 30:
       parts += [h("circle", cx=_r(x(s)), cy=_r(y(v)), r=2.4, cls=f"point {cls}")
                 for s, v in curve]
@@ -112,6 +116,22 @@ def reliability(tables, label):
     parts += [h("circle", cx=_r(x(c)), cy=_r(y(a)), r=_r(2.5 + 9 * math.sqrt(n / total)),
                 cls=f"point {cls}") for c, a, n in rows]
   return _svg(height, label, parts)
+
+
+def _legend(series):
+  """([(x, y) of each curve's key], height of the lines after the first): keys wrap."""
+  places, x, y = [], _LEFT, 0
+  for name, *_ in series:
+    width = 34 + 6.2 * min(len(name), _KEY)
+    if places and x + width > WIDTH:
+      x, y = _LEFT, y + 16
+    places.append((x, y))
+    x += width
+  return places, y
+
+
+def _clip(name, most):
+  return name if len(name) <= most else name[:most - 1] + "…"
 
 
 def span(values, room=0.06):

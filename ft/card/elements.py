@@ -5,7 +5,8 @@ from ft.card.markup import Markup, h, join, name
 from ft.card.style import STYLE
 from ft.guards import overfit
 
-_LONGEST_VALUE = 4000
+MOST_ROWS = 300  # of a table; the rest is in card.json
+_LONGEST_VALUE = 4000  # characters of a value or of a cell
 
 TONE = {"gained": "good", "ok": "good", "did not gain": "warn", "warning": "warn", "lost": "bad",
         "alarm": "bad"}
@@ -20,7 +21,21 @@ def document(title, body):
            h("meta", http_equiv="Content-Security-Policy", content=policy),
            h("meta", name="color-scheme", content="light dark"),
            h("title", title), h("style", Markup(STYLE)))
-  return "<!doctype html>\n" + h("html", head, h("body", body), lang="en") + "\n"
+  skip = h("a", "Skip to the verdict", href="#verdict", cls="skip")
+  return "<!doctype html>\n" + h("html", head, h("body", skip, body), lang="en") + "\n"
+
+
+def folded(key, title, content, unfolded=False, status=None):
+  """A section that folds without any script; paper shows it open.
+
+  Args:
+    key: its id. A link to it opens it, as the id is on what is folded.
+    title, content: of the section. unfolded: whether it starts open.
+    status: what stands beside the title, or None.
+  """
+  head = h("summary", h("h2", title, id=f"{key}-title"), status)
+  return h("section", h("details", head, h("div", content, id=key, cls="evidence"),
+                        open="" if unfolded else None), aria_labelledby=f"{key}-title")
 
 
 def footer(record):
@@ -31,7 +46,7 @@ def footer(record):
 
 
 def table(caption, head, rows, cls=None):
-  """A table that scrolls sideways by itself where the page is narrow.
+  """A table that scrolls sideways by itself where the page is narrow; it ends at MOST_ROWS.
 
   Args:
     caption: text. head: cells of the head row, or None.
@@ -40,22 +55,35 @@ def table(caption, head, rows, cls=None):
     cls: class of the table; "stack" puts the cells of a row under each other on a phone.
   """
   body = []
-  for row in rows:
+  for row in rows[:MOST_ROWS]:
     cells, kind = row if isinstance(row, tuple) else (row, None)
     body.append(h("tr", _cell("th", cells[0], "row"), [_cell("td", c) for c in cells[1:]],
                   cls=kind))
   top = h("thead", h("tr", [_cell("th", c, "col") for c in head])) if head else None
+  if len(rows) > MOST_ROWS:
+    rest = f"{len(rows) - MOST_ROWS:,} more rows are in card.json"
+    body.append(h("tr", h("td", rest, colspan=len(rows[0]) if head is None else len(head),
+                          cls="none")))
   return scroll(caption, h("table", h("caption", caption), top, h("tbody", body), cls=cls))
 
 
 def scroll(label, content):
   """A region that scrolls sideways, within reach of the keyboard."""
-  return h("div", content, cls="scroll", tabindex=0, role="region", aria_label=label)
+  return h("div", content, cls="scroll", tabindex=0, role="group", aria_label=label)
 
 
 def _cell(tag, content, scope=None):
   content, cls = content if isinstance(content, tuple) else (content, None)
-  return h(tag, content, cls=cls, scope=scope)
+  if content == "" and scope == "col":  # A corner heads nothing.
+    return h("td")
+  return h(tag, clip(content), cls=cls, scope=scope)
+
+
+def clip(text, most=_LONGEST_VALUE):
+  """Text cut to a length; markup as it is."""
+  if not isinstance(text, str) or isinstance(text, Markup) or len(text) <= most:
+    return text
+  return text[:most] + "…"
 
 
 def facts(pairs):
@@ -112,5 +140,5 @@ def value(item):
   """Any JSON value as text."""
   if isinstance(item, int) and not isinstance(item, bool):
     return f"{item:,}" if abs(item) >= 10_000 else str(item)
-  text = repr(item) if isinstance(item, (list, dict, float, bool)) or item == "" else str(item)
-  return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + "…"
+  return clip(repr(item) if isinstance(item, (list, dict, float, bool)) or item == ""
+              else str(item))

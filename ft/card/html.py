@@ -5,8 +5,10 @@ Every section is always there; what a run did not record is said in its place.
 
 import math
 
+from absl import logging
+
 from ft import stats
-from ft.card import charts, evidence, pictures, samples, screening, words
+from ft.card import charts, evidence, pictures, results, samples, screening, verdict, words
 from ft.card import elements as el
 from ft.card.markup import h, join, name
 from ft.guards import cost
@@ -15,28 +17,53 @@ FEW_LABELS = 20  # Up to here the confusion matrix is drawn in full.
 _LONGEST_EXAMPLE = 4000
 _LONGEST_LIST = 200
 
-_WEIGHT = ("alarm", "warning", "ok", "not measured")
-
 
 def page(record):
   """The card of one valid, normalised record as a whole HTML document (str)."""
-  sections = [("verdict", "Verdict", _verdict), ("results", "Results", _results),
+  sections = [("results", "Results", results.section),
               ("learning", "Learning curves", _learning), ("errors", "Where it errs", _errors),
               ("samples", "Samples", _samples),
               ("calibration", "Calibration", _calibration), *evidence.sections(),
               ("data", "Data", _data),
               ("trained", "What was trained", _trained), ("loading", "What was loaded", _loading),
               ("cost", "Cost", _cost), ("reproduce", "Reproduce", _reproduce)]
-  links = h("nav", h("ul", [h("li", h("a", title, href=f"#{key}")) for key, title, _ in sections]),
-            aria_label="Sections of this card")
-  body = [h("section", h("h2", title, id=f"{key}-title"),
-            build(record) or h("p", "Not recorded in this run.", cls="none"),
-            id=key, aria_labelledby=f"{key}-title") for key, title, build in sections]
-  return el.document(record["title"], join([_header(record, links), h("main", body),
-                                            el.footer(record)]))
+  top = verdict.section(record, [key for key, *_ in sections])
+  body = [_section(record, *section) for section in sections]
+  return el.document(record["title"], join([
+      _header(record), h("main", top, _contents(sections), body), el.footer(record)]))
 
 
-def _header(record, links):
+def _section(record, key, title, build):
+  """One section; results and what a guard raised start unfolded."""
+  found = verdict.sections_of_guards(record).get(key)
+  guard = (record.get("guards") or {}).get(key) or {}
+  content = _built(record, key, build)
+  if not content:
+    said = guard.get("words") or "Not recorded in this run."
+    return h("section", h("h2", title, id=f"{key}-title"), h("p", said, cls="none"), id=key,
+             aria_labelledby=f"{key}-title", cls="empty")
+  unfolded = key == "results" or found is not None and verdict.raised(found)
+  return el.folded(key, title, content, unfolded, el.word(found) if found else None)
+
+
+def _built(record, key, build):
+  """What stands in a section; a fault in drawing it must not cost the user a finished run."""
+  try:
+    return build(record)
+  except Exception as error:  # noqa: BLE001
+    logging.exception("the section %s of the card failed", key)
+    return h("p", f"This part could not be drawn ({type(error).__name__}: {error}); its numbers "
+             "are in card.json.", cls="note")
+
+
+def _contents(sections):
+  """Links to the sections, and the switch that unfolds all of them by style sheet alone."""
+  links = [h("li", h("a", title, href=f"#{key}")) for key, title, _ in sections]
+  switch = h("label", h("input", type="checkbox", id="all"), " Unfold everything", cls="all")
+  return h("nav", h("ul", links), switch, aria_label="Evidence")
+
+
+def _header(record):
   model, task, numbers = record.get("model") or {}, record["task"], _cost_numbers(record)
   facts = [model.get("source"), model.get("family"),
            task["name"] + (f", {len(task['labels'])} labels" if task.get("labels") else ""),
@@ -46,126 +73,7 @@ def _header(record, links):
   return h("header", h("p", "Fine-tuning card", cls="eyebrow"), h("h1", name(record["title"])),
            h("p", join([[" · " if i else "", name(fact)] for i, fact in enumerate(shown)]),
              cls="soft"),
-           [h("p", note, cls="note", role="note") for note in record.get("notes") or []], links)
-
-
-# ---- Verdict and results -------------------------------------------------------------------------
-
-
-def _verdict(record):
-  rows = []
-  for split, word, _ in words.verdicts(record):
-    baseline, row = words.headline(record, split)
-    if row is None:
-      rows.append([name(split), el.word(word), ("no baseline on the same rows", "long")])
-      continue
-    rows.append([name(split), el.word(word), (el.difference(row), "long"),
-                 (f"over the {words.row_name(baseline)}", ""), (f"n = {row['n']:,}", "none")])
-  parts = [h("p", words.conclusion(record), cls="conclusion")]
-  if rows:
-    caption = "Fine-tuned minus baseline on the same rows, with its 95 % interval"
-    parts.append(el.table(caption, None, rows, "stack"))
-  by_weight = sorted((record.get("guards") or {}).items(),
-                     key=lambda item: (_WEIGHT.index(item[1]["verdict"]), item[0]))
-  found = [[label, el.word(guard["verdict"]), (guard["words"], "long")]
-           for label, guard in by_weight]
-  if found:
-    parts.append(el.table("Guards: one risk of fine-tuning each", None, found, "stack"))
-  return join(parts)
-
-
-def _results(record):
-  results, metric = record.get("results") or {}, record["task"]["metric"]
-  splits = words.splits_in_order(record)
-  if not splits:
-    return None
-  low, high = _scale([entry for split in splits for entry in results[split].values()], metric)
-  unit = words.unit(metric)
-  panels = []
-  for split in splits:
-    rows = [(words.row_name(key), results[split][key]["metrics"].get(metric),
-             (results[split][key].get("interval") or {}).get(metric), key == "fine-tuned")
-            for key in words.rows_in_order(results[split])]
-    said = "; ".join(f"{label} {words.number(value, metric)} {words.interval(pair, metric)}"
-                     for label, value, pair, _ in rows)
-    count = max(entry["n"] for entry in results[split].values())
-    panels.append(el.figure([h("b", name(split)), f" {unit}, n = {count:,}"],
-                          charts.intervals(rows, metric, low, high, f"{split}, {unit}: {said}")))
-  signatures = record["task"].get("signatures")
-  scored = el.details("How it was scored", el.tree_facts(signatures)) if signatures else None
-  return join([h("div", panels, cls="figures"), _results_table(record, splits, unit),
-               _more_metrics(record), _resampled(record), scored,
-               _tradeoff(record)])
-
-
-def _resampled(record):
-  """How the metric was taken, what its intervals resample, and what those of forecasts hold."""
-  said, made = [], record.get("intervals") or {}
-  if record["task"].get("protocol"):
-    said.append(f"Protocol: {record['task']['protocol']}.")
-  if record["task"].get("resampled"):
-    said.append(f"Intervals of scores resample {record['task']['resampled']}.")
-  for split, share in (made.get("coverage") or {}).items():
-    said.append(f"Forecast intervals that hold {100 * made['level']:.0f} % of validation hold "
-                f"{100 * share:.1f} % of {split}.")
-  return h("p", " ".join(said), cls="soft") if said else None
-
-
-def _tradeoff(record):
-  """Curves between pretrained and tuned weights, a panel a split, where a run measured them."""
-  rows = record.get("tradeoff") or []
-  metric = (record.get("best") or {}).get("metric", record["task"]["metric"])
-  if not rows:
-    return None
-  chosen = next(row["alpha"] for row in rows if row["chosen"])
-  panels = []
-  for split in dict.fromkeys(key for row in rows for key in row["values"]):
-    curve = [(row["alpha"], row["values"][split]) for row in rows
-             if words.finite(row["values"].get(split))]
-    if curve:
-      said = ", ".join(f"{words.number(value, metric)} at {alpha:g}" for alpha, value in curve)
-      svg = charts.lines([(split, curve, "one")], f"{split}, {words.unit(metric)}: {said}",
-                         (chosen, f"chosen: {chosen:g}"), metric, "share of the tuned weights")
-      panels.append(el.figure([h("b", name(split)), f" {words.unit(metric)}"], svg))
-  return join([
-    h("h3", "Between the pretrained and the tuned weights"),
-    h("p", "The weights are mixed in each share (WiSE-FT); the share that is best on validation "
-      "was judged on test and exported. Further splits show what was kept.", cls="soft"),
-    h("div", panels, cls="figures")])
-
-
-def _scale(entries, metric):
-  """Ends of the shared scale of all interval panels."""
-  values = [entry["metrics"].get(metric) for entry in entries]
-  values += [v for entry in entries for v in (entry.get("interval") or {}).get(metric) or []]
-  values = [v for v in values if words.finite(v)] or [0.0, 1.0]
-  low, high = charts.span(values)
-  return (max(low, 0.0), min(high, 1.0)) if words.is_share(metric) else (low, high)
-
-
-def _results_table(record, splits, unit):
-  results, metric = record["results"], record["task"]["metric"]
-  names = words.rows_in_order({key: 0 for split in splits for key in results[split]})
-  rows = []
-  for key in names:
-    cells = [el.cell(results[split].get(key), metric) for split in splits]
-    rows.append(([words.row_name(key), *cells], "tuned" if key == "fine-tuned" else None))
-  return el.table(f"{unit[0].upper()}{unit[1:]} with 95 % interval, by split",
-                  ["", *[(name(split), "n") for split in splits]], rows)
-
-
-def _more_metrics(record):
-  rows = record["results"].get("test") or {}
-  names = list(dict.fromkeys(key for entry in rows.values() for key in entry["metrics"]))
-  names = sorted((key for key in names if "/" not in key),
-                 key=lambda key: (key != record["task"]["metric"], key))
-  if not names:
-    return None
-  order = words.rows_in_order(rows)
-  body = [[words.metric_name(key), *[(words.number(rows[row]["metrics"].get(key), key), "n")
-                                     for row in order]] for key in names]
-  return el.table("All metrics on test (shares in per cent)",
-                  ["", *[(words.row_name(row), "n") for row in order]], body)
+           [h("p", note, cls="note", role="note") for note in record.get("notes") or []])
 
 
 def _samples(record):
@@ -191,7 +99,21 @@ def _learning(record):
     kept = h("p", f"The checkpoint of step {best['step']:,} was kept, where validation "
              f"{words.metric_name(metric)} was best ({words.number(best.get('value'), metric)}).",
              cls="soft")
-  return join([h("div", panels, cls="figures"), kept])
+  return join([h("div", panels, cls="figures"), kept, _gap(record, metric)])
+
+
+def _gap(record, metric):
+  """How far train and validation are apart, and which step each measure would keep."""
+  found = ((record.get("guards") or {}).get("overfit") or {}).get("numbers") or {}
+  if not words.finite(found.get("gap")):
+    return None
+  rows = [[label, (words.number(found.get(key), metric), "n")] for key, label in (
+      ("train", "train at the best step"), ("validation", "validation at the best step"),
+      ("gap", "gap at the best step"), ("gap_slope", "growth of the gap at each evaluation"))]
+  rows += [[f"best step by {label}", (f"{found[key]:,}", "n")] for key, label in (
+      ("best_step", words.metric_name(metric)), ("best_step_by_loss", "loss")) if key in found]
+  return el.table(f"Train against validation, {words.unit(metric)}, both in evaluation mode",
+                  None, rows)
 
 
 def _learning_panel(history, label, keys, mark):

@@ -2,7 +2,7 @@
 
 import html
 
-VOID = ("meta", "br", "hr", "col", "line", "circle", "rect", "path", "polyline", "img")
+VOID = ("meta", "br", "hr", "col", "line", "circle", "rect", "path", "polyline", "img", "input")
 
 
 class Markup(str):

@@ -10,9 +10,15 @@ STYLE = """
 @media print { :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444; --rule: #bbb;
   --panel: #f4f4f4; --accent: #1d4f7c; --weak: #777; --good: #2c6a48; --warn: #7a4f00;
   --bad: #8d2a25; } nav { display: none; } body { font-size: 10pt; }
-  section, figure, tr { break-inside: avoid; } section { break-inside: auto; }
-  h2, h3, caption { break-after: avoid; }
+  figure, tr { break-inside: avoid; } .scroll { overflow: visible; }
+  h2, h3, caption, summary { break-after: avoid; } summary::before { display: none; }
   details::details-content { content-visibility: visible; display: block; block-size: auto; } }
+body:has(#all:checked) details::details-content { content-visibility: visible; display: block;
+  block-size: auto; }
+.all { display: none; }
+@supports selector(::details-content) and selector(:has(a)) { .all { display: inline-block; } }
+.skip { position: absolute; left: 1rem; top: -4rem; background: var(--paper); padding: .4rem .8rem;
+  z-index: 1; } .skip:focus { top: .6rem; }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui,
@@ -33,14 +39,33 @@ p { margin: 0 0 .8rem; max-width: 44rem; overflow-wrap: anywhere; }
 .conclusion { font-size: clamp(1.2rem, 3.2vw, 1.55rem); line-height: 1.4; margin: 0 0 1.4rem;
   max-width: 50rem; }
 .note { border-left: 3px solid var(--warn); padding: .1rem 0 .1rem .9rem; margin: 1rem 0; }
-nav { margin: 1.4rem 0 0; font-size: .88rem; }
-nav ul { list-style: none; padding: .6rem 0; margin: 0; display: flex; flex-wrap: wrap; gap: .2rem
-  1.2rem; border: solid var(--rule); border-width: 1px 0; }
+nav { margin: 1.6rem 0 0; padding: .7rem 0; font-size: .88rem; border: solid var(--rule);
+  border-width: 1px 0; display: flex; gap: .4rem 2rem; align-items: start;
+  justify-content: space-between; flex-wrap: wrap; }
+nav ul { list-style: none; padding: 0; margin: 0; display: flex; flex-wrap: wrap; gap: .25rem
+  1.2rem; flex: 1 1 24rem; }
+.all { white-space: nowrap; cursor: pointer; } .all input { accent-color: var(--accent);
+  margin: 0 .35rem 0 0; vertical-align: -.1em; }
 a { color: var(--accent); text-underline-offset: .18em; text-decoration-thickness: 1px; }
-a:focus-visible, summary:focus-visible, .scroll:focus-visible { outline: 2px solid var(--accent);
+:is(a, summary, input, .scroll):focus-visible { outline: 2px solid var(--accent);
   outline-offset: 3px; }
-section { padding: 2rem 0 .2rem; border-top: 1px solid var(--rule); margin-top: 1.4rem; }
-main > section:first-child { border-top: 0; margin-top: 0; }
+section { border-bottom: 1px solid var(--rule); scroll-margin-top: 1rem; }
+#verdict { border: 0; padding-top: 1.8rem; }
+section > details { margin: 0; }
+section > details > summary { padding: .85rem 0; display: flex; align-items: baseline; gap: .8rem;
+  list-style: none; font-size: 1rem; }
+section > details > summary::-webkit-details-marker { display: none; }
+section > details > summary::before { content: ""; flex: none; width: .45rem; height: .45rem;
+  border: solid var(--soft); border-width: 0 2px 2px 0; transform: rotate(-45deg);
+  margin-right: .1rem; }
+section > details[open] > summary::before { transform: rotate(45deg); }
+section > details > summary:hover h2 { text-decoration: underline; text-decoration-thickness: 1px;
+  text-underline-offset: .2em; }
+summary h2, .empty h2 { margin: 0; font-size: 1.1rem; }
+.evidence { padding: .4rem 0 1.2rem; scroll-margin-top: 3.6rem; }
+.empty { display: flex; flex-wrap: wrap; gap: .2rem .8rem; align-items: baseline;
+  padding: .85rem 0 .85rem 1.35rem; } .empty p { margin: 0; font-size: .92rem; }
+.tally { margin: -.6rem 0 1.4rem; }
 .scroll { overflow-x: auto; margin: 0 0 1.2rem; }
 table { border-collapse: collapse; font-size: .92rem; min-width: min(100%, 24rem); }
 caption { text-align: left; font-size: .85rem; padding: 0 0 .5rem; }
@@ -50,6 +75,7 @@ thead th { font-weight: 600; font-size: .82rem; color: var(--soft); vertical-ali
 tbody th { font-weight: 500; min-width: 5.5rem; }
 tr:last-child > * { border-bottom: 0; }
 td.n, th.n { text-align: right; white-space: nowrap; }
+.aside { display: none; }
 td.n small { display: block; color: var(--soft); font-size: .8rem; }
 tr.tuned > * { font-weight: 650; } tr.tuned small { font-weight: 400; }
 .word { font-weight: 600; white-space: nowrap; }
@@ -98,5 +124,6 @@ footer { padding-top: 1.5rem; padding-bottom: 3rem; font-size: .85rem; }
 @media (max-width: 34rem) { .stack thead { display: none; } .stack tr { display: block; padding:
   .55rem 0; border-bottom: 1px solid var(--rule); } .stack th, .stack td { display: inline; padding:
   0; border: 0; } .stack td::before { content: " "; } .stack td.long { display: block; }
-  .stack caption { display: block; } .stack, .stack tbody { display: block; } }
+  .stack caption { display: block; } .stack, .stack tbody { display: block; }
+  .stack .aside { display: inline; } .stack td.n { white-space: normal; } }
 """

@@ -5,6 +5,7 @@ import math
 from ft import guards
 from ft.guards import overfit
 
+_WEIGHT = ("alarm", "warning", "ok", "not measured")
 _ORDER = ("gained", "did not gain", "lost", "not measured")
 METRICS = {"macro_f1": "macro-F1", "auroc": "AUROC", "log_loss": "log-loss", "ece": "ECE",
            "nats_per_token": "nats/token", "bits_per_byte": "bits/byte",
@@ -125,23 +126,72 @@ def verdicts(record):
 
 def conclusion(record):
   """The whole verdict in a sentence or two: test first, then the other splits by outcome."""
-  test = headline(record, "test")
-  if test[1] is None:
+  baseline, row = headline(record, "test")
+  if row is None:
     return "Whether fine-tuning gained anything on test was not measured."
-  baseline, row = test
-  change, found = amount(row), judge(record, row)
-  text = f"Fine-tuning {found} {change} on test over the {row_name(baseline)}"
-  if found == "did not gain":
-    text = f"Fine-tuning did not gain on test over the {row_name(baseline)}: {change}"
-  elif found == "not measured":
-    text = "Whether fine-tuning gained anything on test was not measured"
-  parts = {}
+  found = judge(record, row)
+  if found == "not measured":
+    text = f"Whether fine-tuning gained anything on test was not measured (n = {row['n']:,})"
+  else:
+    text = f"Fine-tuning {found} on test: {_against(record, baseline, row)}"
+  parts = [f"{word} on {_listed(splits)}" for word, splits in _elsewhere(record, most=4).items()]
+  return f"{text}. Elsewhere it {', '.join(parts)}." if parts else f"{text}."
+
+
+def elsewhere(record):
+  """The outcome on the splits beside test in a sentence with their differences, or ""."""
+  parts = []
+  for word, splits in _elsewhere(record, most=3, differences=True).items():
+    parts.append(f"{word}: {', '.join(splits)}")
+  return f"Elsewhere, {'; '.join(parts)}." if parts else ""
+
+
+def by_weight(record):
+  """[(guard name, its result)], gravest first."""
+  return sorted((record.get("guards") or {}).items(),
+                key=lambda item: (_WEIGHT.index(item[1]["verdict"]), item[0]))
+
+
+def tally(record):
+  """Verdict -> names of the guards that found it, gravest first; verdicts of none left out."""
+  found = {}
+  for name, guard in by_weight(record):
+    found.setdefault(guard["verdict"], []).append(name)
+  return found
+
+
+def shortened(text, most):
+  """A sentence on one line, cut after a word where it is longer than `most` characters."""
+  text = " ".join(text.split())
+  return text if len(text) <= most else text[:most].rsplit(" ", 1)[0].rstrip(",;:.") + " …"
+
+
+def _against(record, baseline, row):
+  """"accuracy 86.5 % against 78.3 % of the frozen probe (+8.1 points [6.9, 9.4], n = 2,001)"."""
+  entries, metric = (record.get("results") or {}).get("test") or {}, row["metric"]
+  values = [(entries.get(name) or {}).get("metrics", {}).get(metric)
+            for name in (guards.TUNED, baseline)]
+  if not all(finite(value) for value in values):
+    return f"{amount(row)} over the {row_name(baseline)} (n = {row['n']:,})"
+  first, second = (number(value, metric) + " %" * is_share(metric) for value in values)
+  return (f"{metric_name(metric)} {first} against {second} of the {row_name(baseline)} "
+          f"({overfit.signed(row, metric)}, n = {row['n']:,})")
+
+
+def _elsewhere(record, most, differences=False):
+  """Outcome -> the splits beside test that have it, at most `most` of them by name."""
+  found = {}
   for split, word, _ in verdicts(record):
     if split != "test":
       row = headline(record, split)[1]
-      shown = "" if word == "not measured" else " " + overfit.signed(row, row["metric"])
-      parts.setdefault(word, []).append(split + shown.replace(" points", ""))
-  if not parts:
-    return text + "."
-  elsewhere = "; ".join(f"{word}: {', '.join(parts[word])}" for word in _ORDER if word in parts)
-  return f"{text}. Elsewhere, {elsewhere}."
+      known = differences and word != "not measured"
+      shown = " " + overfit.signed(row, row["metric"]).replace(" points", "") if known else ""
+      found.setdefault(word, []).append(split + shown)
+  found = {word: found[word] for word in _ORDER if word in found}
+  return {word: splits if len(splits) <= most else
+          [*splits[:most - 1], f"{len(splits) - most + 1} more"] for word, splits in found.items()}
+
+
+def _listed(names):
+  """"a", "a and b", "a, b and c"."""
+  return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
