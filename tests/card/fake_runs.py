@@ -141,8 +141,7 @@ def quality(**changes):
       "notes": ["The images are simulated: the numbers say nothing about a real production line."]}
       | changes))
 
-# What guards say of a run in which every kind of verdict occurs; where a guard measured the
-# simulated outputs itself, its own result stands.
+# What guards say of a run in which every kind of verdict occurs.
 RISKS = {
     "leak": ("alarm", "31.2 % of 2,001 test rows have a near-duplicate in train (cosine > 0.95); "
              "accuracy is 91.0 % on them and 84.4 % without them."),
@@ -160,6 +159,4 @@ def risks(**changes):
   """The sentiment run with a result of every guard: all nine risks, all four verdicts."""
   made = sentiment()
   planted = {name: guards.result(*said) for name, said in RISKS.items()}
-  measured = {name: found for name, found in made["guards"].items()
-              if found["verdict"] != "not measured"}
-  return made | {"guards": planted | measured} | changes
+  return made | {"guards": made["guards"] | planted} | changes

@@ -1,9 +1,11 @@
 """The card: record, page, terminal lines, comparison and script, on realistic records."""
 
 import importlib.util
+import itertools
 import json
 import math
 import pathlib
+import re
 from html import parser
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from card import fake_runs
 
 from ft import card, errors
-from ft.card import charts, compare, html, markup, schema, words
+from ft.card import charts, compare, elements, html, markup, schema, words
 
 SECTIONS = ("verdict", "results", "learning", "errors", "samples", "calibration", "data",
             "trained", "loading", "cost", "reproduce")
@@ -179,6 +181,45 @@ def test_page_is_whole_and_needs_no_network(make):
   assert "None" not in reader.text and "nan" not in reader.text
 
 
+def test_headings_are_in_order_and_every_link_leads_somewhere():
+  text = page(fake_runs.risks())
+  reader = Reader(text)
+  levels = [int(tag[1]) for tag in reader.tags if re.fullmatch(r"h[1-6]", tag)]
+  assert levels[0] == 1 and levels.count(1) == 1
+  assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+  ids = [value for key, value in reader.attributes if key == "id"]
+  assert len(ids) == len(set(ids))
+  assert {value[1:] for key, value in reader.attributes if key == "href"} <= set(ids)
+  assert text.index('href="#verdict"') < text.index("<h1>")
+  assert {"header", "main", "nav", "footer"} <= set(reader.tags)
+  cells = re.findall(r"<th(.*?)>", text.replace("<thead", ""))
+  assert cells and all('scope="' in cell for cell in cells)
+
+
+def test_results_and_what_a_guard_raised_start_unfolded():
+  text = page(fake_runs.risks())
+  unfolded = re.findall(r'<details open=""><summary><h2 id="([a-z]+)-title"', text)
+  assert unfolded == ["results", "learning"]
+  assert '<a href="#learning"><bdi>overfit</bdi></a>' in text
+  assert "1 alarm</b> (leak), <b " in text and "3 warnings</b> (drift, labels, overfit)" in text
+
+
+def test_a_part_that_cannot_be_drawn_costs_no_card(sentiment, tmp_path):
+  broken = sentiment | {"history": [{"step": "ten", "validation/accuracy": 0.5}],
+                        "confusion": {"labels": ["a"], "matrix": [["x"]]}}
+  card.write(broken, tmp_path)
+  text = Reader((tmp_path / "card.html").read_text()).text
+  assert "This part could not be drawn (TypeError: " in text and "Reproduce" in text
+
+
+def test_long_tables_end_and_say_so():
+  rows = [[f"row {i}", "x"] for i in range(1000)]
+  text = str(elements.table("Many", ["", "x"], rows))
+  assert "row 299" in text and "row 300" not in text
+  assert "700 more rows are in card.json" in text and 'colspan="2"' in text
+  assert "700 more" not in str(elements.table("Few", ["", "x"], rows[:300]))
+
+
 def test_verdicts_come_first_and_say_who_did_not_gain(sentiment):
   text = Reader(page(sentiment)).text
   start = text[:text.index("Results accuracy") if "Results accuracy" in text else 2500]
@@ -262,6 +303,17 @@ def test_curves_with_one_point_or_flat_lines_draw():
     svg = charts.lines([("train", points, "one")], "x", (5, "kept"))
     assert "nan" not in svg and "inf" not in svg
   assert charts.intervals([("a", None, None, True)], "accuracy", 0.0, 1.0, "x")
+
+
+def test_long_names_stay_inside_the_figures():
+  rows = [("distance to the nearest whole image", 0.5, (0.4, 0.6), True), ("a", 0.2, None, False)]
+  svg = charts.intervals(rows, "accuracy", 0.0, 1.0, "x")
+  assert '<text x="0" y="16" class="row halo strong">distance to' in svg
+  curves = [(f"a split with a long name {i}", [(0, 0.1), (1, 0.2)], "one") for i in range(4)]
+  svg = charts.lines([*curves, ("x" * 90, [(0, 0.1)], "two")], "x")
+  keys = re.findall(r'<text x="([\d.]+)" y="[\d.]+" class="tick">([^<]*)</text>', svg)
+  assert len(keys) == 5 and all(float(x) + 6 * len(name) < charts.WIDTH for x, name in keys)
+  assert keys[-1][1] == "x" * 39 + "…"
 
 
 # ---- The terminal

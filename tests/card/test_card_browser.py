@@ -1,6 +1,7 @@
 """The card in a real browser: it draws, nothing overflows a phone, nothing is logged or fetched."""
 
 import functools
+import html
 import http.server
 import json
 import re
@@ -14,23 +15,46 @@ import pytest
 from card import fake_runs
 from PIL import Image
 
-from ft import card
-from ft.card import compare, schema
+from ft import card, guards
+from ft.card import compare, evidence, schema
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome", "chrome")
                  if (path := shutil.which(name))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, which was not found")
 
+DARK = ("--blink-settings=preferredColorScheme=0",)
+HOSTILE = '</td></style></script><script>alert(1)</script><img src=x onerror="alert(2)">\'"'
 # Appended to a copy of the page: what it measures is read back from the dumped document.
 PROBE = """<script>
 addEventListener("load", () => {
-  const wide = [...document.querySelectorAll("main *")].filter(e =>
-    !e.closest(".scroll, svg, details:not([open])") &&
+  const visible = e => e.checkVisibility({contentVisibilityAuto: true, visibilityProperty: true});
+  const all = [...document.querySelectorAll("body *")].filter(visible);
+  const wide = all.filter(e => !e.closest(".scroll, svg, .skip") &&
     e.getBoundingClientRect().right > innerWidth + 1).map(e => e.tagName);
-  const flat = [...document.querySelectorAll("svg")].filter(e => e.clientHeight < 40).length;
+  const flat = all.filter(e => e.tagName == "svg" && e.clientHeight < 40).length;
+  // WCAG 2 contrast of every text against the nearest background that is painted behind it.
+  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const rgba = css => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = css;
+    canvas.fillRect(0, 0, 1, 1); return [...canvas.getImageData(0, 0, 1, 1).data]; };
+  const light = css => rgba(css).slice(0, 3).map(v => v / 255).map(v => v <= 0.04045 ? v / 12.92
+    : ((v + 0.055) / 1.055) ** 2.4).reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+  const behind = e => { for (; e; e = e.parentElement) {
+    const paint = getComputedStyle(e).backgroundColor;
+    if (rgba(paint)[3] == 255) return paint; } return "white"; };
+  let weakest = [99, ""], texts = 0;
+  for (const e of all) {
+    if (e.closest("script") || ![...e.childNodes].some(n => n.nodeType == 3 && n.data.trim()))
+      continue;
+    const style = getComputedStyle(e), a = light(e.closest("svg") ? style.fill : style.color);
+    const b = light(behind(e)), ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+    texts += 1;
+    if (ratio < weakest[0]) weakest = [ratio, e.tagName + " " + e.textContent.slice(0, 40)];
+  }
   document.title = JSON.stringify({width: document.documentElement.scrollWidth,
-    inner: innerWidth, wide: wide, flat: flat, loaded: performance.getEntriesByType("resource")
-    .length});
+    inner: innerWidth, wide: wide, flat: flat, texts: texts, weakest: weakest,
+    hidden: [...document.querySelectorAll(".evidence, details table, details pre")]
+      .filter(e => !visible(e)).length,
+    loaded: performance.getEntriesByType("resource").length});
 });
 </script>"""
 
@@ -44,11 +68,28 @@ def chromium(*arguments):
         capture_output=True, text=True, timeout=120, check=True)
 
 
+def hostile():
+  """A record whose labels, splits, rows and guards' words try to be markup."""
+  rates = {"validation": (60, 0.7, 0.8), "test": (80, 0.6, 0.8), HOSTILE: (50, 0.6, 0.7)}
+  made = fake_runs.record((HOSTILE, "b"), rates, title=HOSTILE, notes=[HOSTILE], command=HOSTILE)
+  made["guards"] = {name: guards.result(verdict, HOSTILE + words)
+                    for name, (verdict, words) in fake_runs.RISKS.items()}
+  made["data"]["first_example"] = HOSTILE * 20
+  made["samples"] = [{"where": HOSTILE, "source": HOSTILE, "answers": {HOSTILE: HOSTILE}}]
+  return made
+
+
+def all_open(page):
+  return page.replace("<details>", '<details open="">')
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("cards")
   (folder / "text").mkdir()
-  card.write(fake_runs.sentiment(), folder / "text")
+  card.write(fake_runs.risks(), folder / "text")
+  (folder / "hostile").mkdir()
+  card.write(hostile(), folder / "hostile")
   runs = [(f"run-{i}", schema.normalise(fake_runs.quality(config={"rate": i}))) for i in (1, 2)]
   (folder / "compare.html").write_text(compare.page(runs))
   (folder / "many").mkdir()
@@ -72,38 +113,96 @@ def server(folder):
     running.shutdown()
 
 
-def test_no_console_message_and_no_request_but_the_page(server):
+def test_no_console_message_and_no_request_but_the_page(folder, server):
   address, asked = server
   done = chromium("--enable-logging=stderr", "--v=0", "--dump-dom", f"{address}/text/card.html")
   assert "CONSOLE" not in done.stderr
-  assert done.stdout.count("<section ") == 10
+  record = card.read(folder / "text")
+  titles = ["Verdict", "Results", "Learning curves", "Where it errs", "Samples", "Data",
+            "What was trained", "What was loaded", "Cost", "Reproduce"]
+  titles += [title for _, title, _ in evidence.sections()]
+  shown = re.findall(r"<h2 id=[^>]*>(.*?)</h2>", done.stdout)
+  assert set(titles) <= set(shown) and len(shown) == done.stdout.count("<section ")
+  assert all(name in done.stdout for name in record["guards"])
   assert [path for path in asked if path != "/favicon.ico"] == ["/text/card.html"]
 
 
-@pytest.mark.parametrize("name", ["text/card.html", "many/card.html", "compare.html"])
-def test_nothing_is_wider_than_a_phone(folder, tmp_path, name):
-  page = (folder / name).read_text()
-  # Scripts are forbidden by the page itself; the copy lifts that to be measured.
+def measured(tmp_path, page, width=390, dark=False):
+  """What PROBE finds on a page in a window of a width; scripts, which it forbids, are let in."""
   page = re.sub(r"<meta http-equiv=[^>]*>", "", page).replace("</body>", PROBE + "</body>")
   (tmp_path / "page.html").write_text(page)
-  frame = ('<body style="margin:0"><iframe id="f" src="page.html" width="390" height="800" '
+  frame = (f'<body style="margin:0"><iframe id="f" src="page.html" width="{width}" height="800" '
            'style="border:0"></iframe><script>addEventListener("load", () => setTimeout(() => '
            '{ document.body.append(document.getElementById("f").contentDocument.title); }, 300))'
            "</script></body>")
   (tmp_path / "frame.html").write_text(frame)
   done = chromium("--allow-file-access-from-files", "--virtual-time-budget=2000", "--dump-dom",
-                  f"file://{tmp_path}/frame.html")
-  found = re.search(r"\{.*?\}", done.stdout[done.stdout.index("</script>"):]).group(0)
-  found = json.loads(found)
-  assert found["inner"] == 390 and found["width"] <= 390
+                  *(DARK if dark else ()), f"file://{tmp_path}/frame.html")
+  found = html.unescape(done.stdout[done.stdout.index("</script>") + 9:])
+  return json.loads(re.search(r"\{.*\}", found, re.S).group(0))
+
+
+@pytest.mark.parametrize("name", ["text/card.html", "many/card.html", "hostile/card.html",
+                                  "compare.html"])
+@pytest.mark.parametrize("unfolded", [False, True])
+def test_nothing_is_wider_than_a_phone(folder, tmp_path, name, unfolded):
+  page = (folder / name).read_text()
+  found = measured(tmp_path, all_open(page) if unfolded else page, 360)
+  assert found["inner"] == 360 and found["width"] <= 360
   assert found["wide"] == [] and found["flat"] == 0 and found["loaded"] == 0
+  if unfolded:
+    assert found["hidden"] == 0
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("name", ["text/card.html", "many/card.html", "compare.html"])
+def test_every_text_stands_out_from_what_is_behind_it(folder, tmp_path, name, dark):
+  found = measured(tmp_path, all_open((folder / name).read_text()), 1000, dark)
+  assert found["texts"] > 50 and found["weakest"][0] >= 4.5, found["weakest"]
+
+
+def test_folds_open_by_link_by_switch_and_on_paper(folder, tmp_path):
+  page = (folder / "text" / "card.html").read_text()
+  assert measured(tmp_path, page)["hidden"] > 5
+  switched = page.replace('id="all"', 'id="all" checked')
+  # What is folded inside a section unfolds with it.
+  assert measured(tmp_path, switched)["hidden"] == 0
+  on_paper = page.replace("@media print", "@media screen")
+  assert measured(tmp_path, on_paper)["hidden"] == 0
+  (tmp_path / "linked.html").write_text(
+      re.sub(r"<meta http-equiv=[^>]*>", "", page).replace("</body>", """<script>
+      location.hash = "#reproduce"; setTimeout(() => document.body.append("unfolded: " +
+      document.getElementById("reproduce").closest("details").open), 300)</script></body>"""))
+  done = chromium("--virtual-time-budget=2000", "--dump-dom", f"file://{tmp_path}/linked.html")
+  assert "unfolded: true" in done.stdout
+
+
+def test_paper_has_the_same_pages_whatever_is_folded(folder, tmp_path):
+  page = (folder / "text" / "card.html").read_text()
+  shut = page.replace("details::details-content", "details::nothing")
+  counts = []
+  for name, text in (("folded", page), ("open", all_open(page)), ("shut", shut)):
+    (tmp_path / f"{name}.html").write_text(text)
+    chromium("--no-pdf-header-footer", f"--print-to-pdf={tmp_path}/{name}.pdf",
+             f"file://{tmp_path}/{name}.html")
+    counts.append(len(re.findall(rb"/Type ?/Page\b", (tmp_path / f"{name}.pdf").read_bytes())))
+  assert counts[0] == counts[1] > counts[2] >= 1
+
+
+def test_hostile_words_are_shown_as_they_are(folder):
+  done = chromium("--enable-logging=stderr", "--v=0", "--dump-dom",
+                  f"file://{folder}/hostile/card.html")
+  assert "CONSOLE" not in done.stderr
+  # The browser's own parser found no element that the page does not make.
+  assert "<script" not in done.stdout and "<img" not in done.stdout
+  assert done.stdout.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 8
 
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_it_draws_in_light_and_dark(folder, tmp_path, dark):
   shot = tmp_path / "card.png"
   chromium(f"--screenshot={shot}", "--window-size=1000,1600",
-           *(["--blink-settings=preferredColorScheme=0"] if dark else []),
+           *(DARK if dark else ()),
            f"file://{folder}/text/card.html")
   pixels = np.asarray(Image.open(shot).convert("L"), np.float64)
   assert pixels.shape == (1600, 1000)
