@@ -4,7 +4,8 @@
 
 hf and merged: a Hugging Face folder of plain weights, adapters folded in. peft: the adapter alone,
 as `peft.PeftModel.from_pretrained(base_model, DIR)` opens it. stablehlo: one file that
-`jax.export.deserialize(...).call(**inputs)` runs without any code of ft, batch size free.
+`jax.export.deserialize(...).call(**inputs)` runs without any code of ft, batch size free. With each
+goes the run's card as README.md in the form of the Hugging Face Hub.
 """
 
 import pathlib
@@ -19,7 +20,8 @@ flags.DEFINE_string("output", "", "folder to write; must not exist or be empty")
 
 
 def main(_):
-  from ft import compilation, errors, models, predict, stablehlo
+  from ft import card, compilation, errors, models, predict, stablehlo
+  from ft.card import readme
   from ft.tune import peft, saving
 
   f = flags.FLAGS
@@ -44,6 +46,7 @@ def main(_):
       stablehlo.write(pretrained, output)
     else:
       models.export(pretrained, output)
+  readme.follow(folder, output, card.read)
   logging.info("%s: written and checked", output)
 
 

@@ -1,4 +1,4 @@
-"""The card: the honest account of a run, as card.json, as card.html and as a few terminal lines."""
+"""The card: the honest account of a run, as card.json, card.html, README.md and terminal lines."""
 
 import contextlib
 import hashlib
@@ -11,7 +11,7 @@ import secrets
 import numpy as np
 
 from ft import errors
-from ft.card import html, schema, words
+from ft.card import html, readme, schema, words
 
 JSON, HTML = "card.json", "card.html"
 # Of the summary: lines, columns of splits, characters of a guard's line.
@@ -20,6 +20,9 @@ _LINES, _COLUMNS, _WIDTH = 10, 6, 160
 
 def write(record, folder):
   """Writes card.json and card.html into the folder, each whole or not at all.
+
+  Where the folder has exported weights in `model/` or `adapter/`, README.md there is the same card
+  for the Hugging Face Hub.
 
   Args:
     record: see `ft/card/schema.py`; numpy values, NaN and tuples are welcome.
@@ -38,7 +41,9 @@ def write(record, folder):
   text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
   # From the text, so that rebuilding the page from card.json gives the same page; and the page
   # first, so that a card.json is never newer than the page that shows it.
-  page = write_text(folder / HTML, html.page(json.loads(text)))
+  record = json.loads(text)
+  page = write_text(folder / HTML, html.page(record))
+  readme.write_beside(record, folder)
   return write_text(folder / JSON, text), page
 
 

@@ -237,7 +237,7 @@ def _bins(label, table):
 
 def _data(record):
   data = record.get("data") or {}
-  splits = _canonical(data.get("splits") or {})
+  splits = words.by_use(data.get("splits") or {})
   parts = []
   if splits:
     parts.append(_split_table(splits, record["task"].get("labels") or []))
@@ -252,12 +252,6 @@ def _data(record):
   if data.get("report"):
     parts.append(el.details("What loading the data found", el.tree_facts(data["report"])))
   return join(parts) if parts else None
-
-
-def _canonical(splits):
-  """Splits in the order of their use: train, validation, test, then the others by name."""
-  first = [key for key in ("train", "validation", "test") if key in splits]
-  return {key: splits[key] for key in first + sorted(set(splits) - set(first))}
 
 
 def _split_table(splits, known):

@@ -78,6 +78,12 @@ def splits_in_order(record):
   return sorted(splits, key=lambda name: name != "test")
 
 
+def by_use(splits):
+  """A dict by split in the order of their use: train, validation, test, then the others by name."""
+  first = [key for key in ("train", "validation", "test") if key in splits]
+  return {key: splits[key] for key in first + sorted(set(splits) - set(first))}
+
+
 def headline(record, split):
   """(baseline name, difference row) that the verdict of a split is about, or (None, None)."""
   rows = (record.get("differences") or {}).get(split) or {}
