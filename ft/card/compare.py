@@ -1,5 +1,7 @@
 """Several runs side by side on one page, paired wherever their test rows are the same."""
 
+import numpy as np
+
 from ft import stats
 from ft.card import elements as el
 from ft.card import words
@@ -84,17 +86,32 @@ def paired(record, other, split):
     return None, "the rows' fingerprint is not recorded, so they cannot be called the same"
   if prints[0] != prints[1]:
     return None, "the rows differ between the runs; compare the intervals above instead"
-  scores = [entry.get("scores") for entry in entries]
-  if not all(scores) or len(scores[0]) != len(scores[1]):
+  scores = [_scores(entry) for entry in entries]
+  if any(score is None for score in scores) or len(scores[0]) != len(scores[1]):
     return None, "the rows are the same, but scores by row are not recorded"
-  means = [score.count("1") / len(score) for score in scores]
+  if entries[0].get("blocks") != entries[1].get("blocks"):
+    return None, "the rows are the same, but what is resampled together is not"
   metric = metrics.pop()
-  if any(abs(mean - (entry["metrics"].get(metric) or 0)) > 1e-6
-         for mean, entry in zip(means, entries, strict=True)):
+  if not all(np.isclose(score.mean(), _value(entry, metric), rtol=1e-5, atol=1e-6)
+             for score, entry in zip(scores, entries, strict=True)):
     return None, f"{words.metric_name(metric)} is no mean over rows; scores by row cannot give it"
-  a, b = ([c == "1" for c in score] for score in scores)
-  difference, lo, hi = stats.paired_bootstrap(a, b)
-  return {"metric": metric, "difference": difference, "lo": lo, "hi": hi, "n": len(a)}, None
+  blocks = entries[0].get("blocks")
+  blocks = np.array(blocks.split(), np.float64) if blocks else None
+  difference, lo, hi = stats.paired_bootstrap(*scores, blocks=blocks)
+  return {"metric": metric, "difference": difference, "lo": lo, "hi": hi,
+          "n": len(scores[0])}, None
+
+
+def _scores(entry):
+  """(N,) score of each row as it was recorded, or None; see `guards.overfit.results`."""
+  if entry.get("scores"):
+    return np.frombuffer(entry["scores"].encode(), np.uint8).astype(np.float64) - ord("0")
+  return np.array(entry["values"].split(), np.float64) if entry.get("values") else None
+
+
+def _value(entry, metric):
+  value = entry["metrics"].get(metric)
+  return value if words.finite(value) else np.nan
 
 
 def _compared_configs(runs):

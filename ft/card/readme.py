@@ -44,7 +44,8 @@ def write(record, folder):
   """Writes README.md of a valid record into a folder of exported weights."""
   path = pathlib.Path(folder) / FILE
   try:
-    path.write_text(markdown(record, _library(record, path.parent)), encoding="utf-8")
+    path.write_text(markdown(record, _library(record, path.parent),
+                             (path.parent / "ft.json").is_file()), encoding="utf-8")
   except OSError as error:
     raise errors.UserError(f"cannot write {path}: {error.strerror or error}") from None
 
@@ -70,14 +71,15 @@ def follow(run, output, read):
     shutil.copyfile(run / FILE, pathlib.Path(output) / FILE)
 
 
-def markdown(record, library):
+def markdown(record, library, answers=True):
   """The model card of a valid record (str).
 
   Args:
     record: see `schema.py`.
     library: what opens the weights: transformers, peft, …
+    answers: whether ft can predict with the folder as it is.
   """
-  return f"---\n{metadata(record, library).to_yaml()}\n---\n\n{_body(record)}"
+  return f"---\n{metadata(record, library).to_yaml()}\n---\n\n{_body(record, answers)}"
 
 
 def metadata(record, library):
@@ -170,11 +172,15 @@ def _dataset(source):
 # ---- The text ------------------------------------------------------------------------------------
 
 
-def _body(record):
+_USE = ("## Use", "Preprocessing, labels and temperature lie beside the weights in `ft.json`, and "
+        "this folder answers rows as it is:", "```bash\npython scripts/predict.py --run=THIS_FOLDER "
+        "--input=rows.jsonl --output=-\n```")
+
+def _body(record, answers):
   parts = [f"# {_text(record['title'])}"]
   parts += [f"> {_text(note)}" for note in record.get("notes") or []]
   parts += [_text(words.conclusion(record)), *_results(record), *_risks(record),
-            *_use(), *_training(record), *_reproduce(record)]
+            *(_USE if answers else ()), *_training(record), *_reproduce(record)]
   return "\n\n".join(parts) + "\n"
 
 
@@ -203,12 +209,6 @@ def _risks(record):
   rows = [[label, guard["verdict"], guard["words"]] for label, guard in words.by_weight(record)]
   table = _table([["guard", "verdict", "why"], *rows])
   return ["## Risks that were measured", table] if rows else []
-
-
-def _use():
-  return ["## Use", "Preprocessing, labels and temperature lie beside the weights in `ft.json`, "
-          "and this folder answers rows as it is:",
-          _fence("python scripts/predict.py --run=THIS_FOLDER --input=rows.jsonl --output=-")]
 
 
 def _training(record):

@@ -50,6 +50,8 @@ FIELDS = (
     ("results.*.*.interval", "dict", "metric -> [lo, hi], 95 % bootstrap"),
     ("results.*.*.n", "int!", "rows the metrics are over"),
     ("results.*.*.scores", "str", "0/1 score of every row in order, for paired comparisons"),
+    ("results.*.*.values", "str", "the tuned model's score of every row, where it is not 0 or 1"),
+    ("results.*.*.blocks", "str", "number of every row; rows of one number are resampled together"),
     ("differences.*.*.metric", "str!", "split, then 'fine-tuned - probe', …: metric compared"),
     ("differences.*.*.difference", "number!", "mean paired difference"),
     ("differences.*.*.lo", "number!", "lower end of its 95 % paired bootstrap interval"),

@@ -22,6 +22,7 @@ SHARES = ("accuracy", "macro_f1", "auroc", "entity_f1", "entity_precision", "ent
           "sensitivity_at_specificity", "f1", "precision", "recall", "false_alarms",
           "pixel_auroc", "pro", "miou", "pixel_accuracy", "mean_recall")
 UNITS = {"nats_per_token": " nats/token"}
+MOST_VALUES = 20_000  # Rows whose scores are recorded one by one where they are not 0 or 1.
 
 
 def measure(config, evidence):
@@ -84,7 +85,9 @@ def results(evidence, resamples=1000):
 
   Returns:
     split -> row name -> {"metrics": {name: float}, "interval": {metric: [lo, hi]}, "n": N,
-    "scores": str of 0/1 in row order, where every score is 0 or 1 (for paired comparisons later)}.
+    and, for paired comparisons with other runs, "scores": str of 0/1 in row order where every score
+    is 0 or 1; else, of the tuned model on up to MOST_VALUES rows, "values": the scores as str with
+    a space between them; with "blocks" of the same form where rows depend on each other}.
   """
   table = {}
   for split, rows in evidence.outputs.items():
@@ -97,6 +100,10 @@ def results(evidence, resamples=1000):
         score = np.asarray(evidence.score(outputs), np.float64)
         if score.size and np.isin(score, (0, 1)).all():
           entry["scores"] = (score.astype(np.uint8) + ord("0")).tobytes().decode("ascii")
+        elif name == guards.TUNED and 0 < score.size <= MOST_VALUES:
+          entry["values"] = " ".join(f"{value:.6g}" for value in score)
+        if ("scores" in entry or "values" in entry) and evidence.blocks and name == guards.TUNED:
+          entry["blocks"] = " ".join(str(block) for block in evidence.blocks(outputs))
       table[split][name] = entry
   return table
 

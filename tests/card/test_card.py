@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from card import fake_runs
 
-from ft import card, errors
+from ft import card, errors, guards, stats
 from ft.card import charts, compare, elements, html, markup, schema, words
+from ft.guards import overfit
 
 SECTIONS = ("verdict", "results", "learning", "errors", "samples", "calibration", "data",
             "trained", "loading", "cost", "reproduce")
@@ -382,6 +383,43 @@ def test_comparison_pairs_runs_on_the_same_rows():
   assert (same["difference"], same["lo"], same["hi"]) == (0, 0, 0)
   text = Reader(compare.page([("a", first), ("b", second), ("c", worse)])).text
   assert "not told apart" in text and "worse" in text and "Config keys that differ" in text
+
+
+def test_scores_that_are_no_shares_are_paired_too_and_blocks_resampled():
+  rng = np.random.default_rng(0)
+  block = np.repeat(np.arange(30), 10)
+  shared = np.repeat(rng.normal(size=30), 10)  # What the windows of a block have in common.
+  errors_of = {"a": np.abs(rng.normal(size=300)), "b": None}
+  errors_of["b"] = errors_of["a"] + 0.1 + 0.2 * shared
+  runs = {}
+  for blocks in (None, lambda rows: block):
+    for name, score in errors_of.items():
+      evidence = guards.Evidence(
+          metric="mae", mode="min", outputs={"test": {"fine-tuned": {"error": score}}},
+          score=lambda rows: rows["error"], metrics=lambda rows: {"mae": rows["error"].mean()},
+          blocks=blocks)
+      runs[name] = schema.normalise({
+          "title": name, "task": {"name": "forecast", "metric": "mae", "mode": "min"},
+          "data": {"splits": {"test": {"rows": 300, "fingerprint": "x"}}},
+          "results": overfit.results(evidence)})
+      schema.validate(runs[name])
+    row, reason = compare.paired(runs["b"], runs["a"], "test")
+    wanted = stats.paired_bootstrap(errors_of["b"], errors_of["a"],
+                                    blocks=block if blocks else None)
+    assert reason is None
+    assert (row["difference"], row["lo"], row["hi"]) == pytest.approx(wanted, abs=1e-5)
+  text = Reader(compare.page([("a", runs["a"]), ("b", runs["b"])])).text
+  assert "worse" in text or "not told apart" in text
+  runs["b"]["results"]["test"]["fine-tuned"]["blocks"] = "1 2"
+  assert "resampled together" in compare.paired(runs["b"], runs["a"], "test")[1]
+
+
+def test_scores_of_many_rows_are_not_recorded():
+  score = np.linspace(0, 1, overfit.MOST_VALUES + 1)
+  evidence = guards.Evidence(metric="mae", outputs={"test": {"fine-tuned": {"e": score}}},
+                             score=lambda rows: rows["e"],
+                             metrics=lambda rows: {"mae": rows["e"].mean()})
+  assert "values" not in overfit.results(evidence, 100)["test"]["fine-tuned"]
 
 
 def test_comparison_says_why_runs_are_not_paired():

@@ -109,6 +109,10 @@ def test_an_export_takes_it_along(tmp_path):
   readme.follow(run / "model", out[1], card.read)
   assert ModelCard.load(out[0] / "README.md").data.library_name == "ft"  # transformers has no TTM
   assert (out[1] / "README.md").read_text() == (out[0] / "README.md").read_text()
+  (out[1] / "ft.json").write_text("{}")
+  readme.follow(run, out[1], card.read)
+  said = [(out[i] / "README.md").read_text() for i in range(2)]
+  assert ["predict.py" in text for text in said] == [False, True]
   (run / "model" / "README.md").replace(tmp_path / "copied" / "README.md")
   readme.follow(tmp_path / "copied", out[2], card.read)
   assert (out[2] / "README.md").read_text() == (out[0] / "README.md").read_text()
