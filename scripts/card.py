@@ -2,6 +2,7 @@ r"""Rebuilds a run's card.html from its card.json, or sets several runs side by 
 
   python scripts/card.py --run=DIR                                   DIR/card.html
   python scripts/card.py --run=DIR --run=DIR --output=compare.html   one page, paired on equal rows
+  python scripts/card.py --run=DIR --png=card.png                    and a picture of its top
 """
 
 import pathlib
@@ -9,10 +10,11 @@ import pathlib
 from absl import flags
 
 from ft import card, cli, errors
-from ft.card import compare, html
+from ft.card import compare, html, screenshot
 
 _RUN = flags.DEFINE_multi_string("run", [], "folder of a finished run; give it several times")
 _OUTPUT = flags.DEFINE_string("output", "", "page to write; needed for several runs")
+_PNG = flags.DEFINE_string("png", "", "picture of the page's top, taken by Chromium where it is")
 
 
 def build(runs, output):
@@ -40,7 +42,11 @@ def _names(runs):
 
 
 def main(_):
-  print(build(_RUN.value, _OUTPUT.value))
+  page = build(_RUN.value, _OUTPUT.value)
+  print(page)
+  if _PNG.value:
+    screenshot.take(page, _PNG.value)
+    print(_PNG.value)
 
 
 if __name__ == "__main__":

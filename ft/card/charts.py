@@ -10,7 +10,7 @@ from ft.card.markup import h
 
 WIDTH = 340
 _LEFT, _RIGHT = 44, 12  # Margins of the plots with two axes.
-_BESIDE, _KEY = 15, 40  # Characters of a name beside a bar, and in the key of a plot.
+_BESIDE, _KEY = 17, 40  # Characters of a name beside a bar, and in the key of a plot.
 
 
 def intervals(rows, metric, low, high, label):
@@ -21,7 +21,7 @@ def intervals(rows, metric, low, high, label):
     low, high: ends of the scale. label: what a screen reader says.
   """
   above = max(len(name) for name, *_ in rows) > _BESIDE  # Long names stand above their bars.
-  left, right, step = (8, WIDTH - 52, 40) if above else (96, WIDTH - 44, 24)
+  left, right, step = (8, WIDTH - 52, 40) if above else (112, WIDTH - 44, 24)
   height = step * len(rows) + 26
 
   def x(value):
@@ -53,7 +53,7 @@ def lines(series, label, mark=None, metric="", axis="step"):
     mark: (step, text) of a vertical line, or None. metric: for the format of the axis.
   """
   keys, room = _legend(series)
-  height, top, bottom = 210 + room, 30 + room, 182 + room
+  height, top, bottom = 218 + room, 38 + room, 190 + room
   points = [point for _, curve, _ in series for point in curve]
   first, last = min(s for s, _ in points), max(s for s, _ in points)
   last = last if last > first else first + 1
@@ -71,19 +71,20 @@ def lines(series, label, mark=None, metric="", axis="step"):
   marked = mark is not None and first <= mark[0] <= last
   if marked:
     at, end = x(mark[0]), x(mark[0]) > WIDTH * 0.7
+    side = "end" if end else "mid" if at > WIDTH * 0.3 else ""
     parts.append(h("line", x1=_r(at), x2=_r(at), y1=top, y2=bottom, cls="mark"))
-  for (name, curve, cls), (at, line) in zip(series, keys, strict=True):
-    parts.append(h("line", x1=_r(at), x2=_r(at + 18), y1=line + 12, y2=line + 12,
+  for (name, curve, cls), (left, down) in zip(series, keys, strict=True):
+    parts.append(h("line", x1=_r(left), x2=_r(left + 18), y1=down + 12, y2=down + 12,
                    cls=f"line {cls}"))
-    parts.append(h("text", _clip(name, _KEY), x=_r(at + 23), y=line + 16, cls="tick"))
+    parts.append(h("text", _clip(name, _KEY), x=_r(left + 23), y=down + 16, cls="tick"))
     if len(curve) <= 30:
       parts += [h("circle", cx=_r(x(s)), cy=_r(y(v)), r=2.4, cls=f"point {cls}")
                 for s, v in curve]
     parts.append(h("polyline", cls=f"line {cls}",
                    points=" ".join(f"{_r(x(s))},{_r(y(v))}" for s, v in curve)))
   if marked:
-    parts.append(h("text", mark[1], x=_r(at + (-5 if end else 5)), y=bottom - 5,
-                   cls="tick halo end" if end else "tick halo"))
+    parts.append(h("text", mark[1], x=_r(at + 5 * (side == "end")), y=top - 3,
+                   cls=f"tick {side}".strip()))
   return _svg(height, label, parts)
 
 

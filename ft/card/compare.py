@@ -21,8 +21,9 @@ def page(runs):
     A whole HTML document (str).
   """
   title = f"Comparison of {len(runs)} runs"
-  sections = [("results", "Results", _compared_results(runs)),
-              ("pairs", "Differences", _compared_pairs(runs)),
+  sections = [("verdict", "Verdict", _compared_pairs(runs)),
+              ("guards", "Guards", _compared_guards(runs)),
+              ("results", "Results", _compared_results(runs)),
               ("settings", "What was set differently", _compared_configs(runs))]
   head = h("header", h("p", "Fine-tuning card", cls="eyebrow"), h("h1", title),
            h("p", join([join([", " if i else "", name(record["title"]), " (", h("code", run), ")"])
@@ -30,6 +31,17 @@ def page(runs):
   body = [h("section", h("h2", text, id=f"{key}-title"), content, id=key,
             aria_labelledby=f"{key}-title") for key, text, content in sections]
   return el.document(title, join([head, h("main", body), el.footer(runs[0][1])]))
+
+
+def _compared_guards(runs):
+  found = [record.get("guards") or {} for _, record in runs]
+  labels = dict.fromkeys(label for guards in found for label in guards)
+  rows = [[name(label), *[el.word(guards[label]["verdict"]) if label in guards else "–"
+                          for guards in found]] for label in sorted(labels)]
+  if not rows:
+    return h("p", "No run has measured a risk.", cls="none")
+  return el.table("What each guard found; the runs' own cards say why",
+                  ["guard", *[name(run) for run, _ in runs]], rows)
 
 
 def _compared_results(runs):
@@ -46,7 +58,7 @@ def _compared_results(runs):
         rows.append(([name(run), words.row_name(key), *cells],
                      "tuned" if key == "fine-tuned" else None))
     unit = words.unit(metric)
-    parts.append(el.table(f"{unit[0].upper()}{unit[1:]} with 95 % interval, by run and split",
+    parts.append(el.table(f"By run and split: {unit}, with 95 % interval",
                           ["run", "", *[(name(split), "n") for split in splits]], rows))
   return join(parts) if splits else h("p", "No run has recorded results.", cls="none")
 
@@ -68,7 +80,8 @@ def _compared_pairs(runs):
   if not rows:
     return h("p", "Nothing to compare.", cls="none")
   caption = f"Fine-tuned model of each run minus that of {first[0]}, over the same rows"
-  return el.table(caption, None, rows, "stack")
+  return el.table(caption, ["run", "split", "outcome", "difference or why there is none"], rows,
+                  "stack")
 
 
 def paired(record, other, split):

@@ -172,9 +172,11 @@ def _dataset(source):
 # ---- The text ------------------------------------------------------------------------------------
 
 
-_USE = ("## Use", "Preprocessing, labels and temperature lie beside the weights in `ft.json`, and "
-        "this folder answers rows as it is:", "```bash\npython scripts/predict.py --run=THIS_FOLDER "
-        "--input=rows.jsonl --output=-\n```")
+_USE = ("## Use",
+        "Preprocessing, labels and temperature lie beside the weights in `ft.json`; this folder "
+        "answers rows as it is:",
+        "```bash\npython scripts/predict.py --run=THIS_FOLDER --input=rows.jsonl --output=-\n```")
+
 
 def _body(record, answers):
   parts = [f"# {_text(record['title'])}"]
@@ -198,7 +200,7 @@ def _results(record):
         for entry in entries]])
   rows.append(["rows", *[f"{max(entry['n'] for entry in results[split].values()):,}"
                          for split in splits]])
-  told = [f"{_text(words.unit(metric)).capitalize()}, with 95 % percentile bootstrap intervals. "
+  told = [f"In {_text(words.unit(metric))}, with 95 % percentile bootstrap intervals. "
           "Test was used once, after the best step was chosen on validation."]
   if record["task"].get("protocol"):
     told.append(f"Protocol: {_text(record['task']['protocol'])}.")

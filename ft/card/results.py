@@ -50,7 +50,7 @@ def _table(record, splits, unit):
   counts = [(f"{max(entry['n'] for entry in results[split].values()):,}", "n")
             for split in splits]
   rows.append((["rows (n)", *counts], "none"))
-  return el.table(f"{unit[0].upper()}{unit[1:]} with 95 % interval, by split",
+  return el.table(f"By split: {unit}, with 95 % interval",
                   ["", *[(name(split), "n") for split in splits]], rows)
 
 
@@ -100,7 +100,6 @@ def _origin(record):
       ("judged on", ", ".join(filter(None, ["test", rows.get("test")]))
        + ", used once, after that choice"),
       ("rows' fingerprint", (splits.get("test") or {}).get("fingerprint")),
-      ("protocol", record["task"].get("protocol")),
       ("intervals", "95 % percentile bootstrap over "
        + (record["task"].get("resampled") or "rows")
        + (f", {drawn['resamples']:,} resamples" if "resamples" in drawn else "")

@@ -49,8 +49,8 @@ nav ul { list-style: none; padding: 0; margin: 0; display: flex; flex-wrap: wrap
 a { color: var(--accent); text-underline-offset: .18em; text-decoration-thickness: 1px; }
 :is(a, summary, input, .scroll):focus-visible { outline: 2px solid var(--accent);
   outline-offset: 3px; }
-section { border-bottom: 1px solid var(--rule); scroll-margin-top: 1rem; }
-#verdict { border: 0; padding-top: 1.8rem; }
+section { border-bottom: 1px solid var(--rule); padding: 1.5rem 0 .3rem; scroll-margin-top: 1rem; }
+section:has(> details) { padding: 0; } #verdict { border: 0; }
 section > details { margin: 0; }
 section > details > summary { padding: .85rem 0; display: flex; align-items: baseline; gap: .8rem;
   list-style: none; font-size: 1rem; }

@@ -13,7 +13,7 @@ import pytest
 from card import fake_runs
 
 from ft import card, errors, guards, stats
-from ft.card import charts, compare, elements, html, markup, schema, words
+from ft.card import charts, compare, elements, html, markup, schema, screenshot, words
 from ft.guards import overfit
 
 SECTIONS = ("verdict", "results", "learning", "errors", "samples", "calibration", "data",
@@ -304,6 +304,9 @@ def test_curves_with_one_point_or_flat_lines_draw():
     svg = charts.lines([("train", points, "one")], "x", (5, "kept"))
     assert "nan" not in svg and "inf" not in svg
   assert charts.intervals([("a", None, None, True)], "accuracy", 0.0, 1.0, "x")
+  svg = charts.lines([("train", [(0, 0.0), (100, 1.0)], "one")], "x", (100, "kept: 100"))
+  mark, = re.findall(r'<line x1="([\d.]+)"[^>]*class="mark"', svg)
+  assert f'<text x="{float(mark) + 5}" y="35" class="tick end">kept: 100' in svg
 
 
 def test_long_names_stay_inside_the_figures():
@@ -383,6 +386,7 @@ def test_comparison_pairs_runs_on_the_same_rows():
   assert (same["difference"], same["lo"], same["hi"]) == (0, 0, 0)
   text = Reader(compare.page([("a", first), ("b", second), ("c", worse)])).text
   assert "not told apart" in text and "worse" in text and "Config keys that differ" in text
+  assert "What each guard found" in text and text.index("worse") < text.index("calibrate")
 
 
 def test_scores_that_are_no_shares_are_paired_too_and_blocks_resampled():
@@ -444,7 +448,7 @@ def script():
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   yield module
-  for name in ("run", "output"):
+  for name in ("run", "output", "png"):
     delattr(flags.FLAGS, name)
 
 
@@ -479,6 +483,17 @@ def test_script_needs_a_run_and_an_output(script, sentiment, tmp_path):
   card.write(sentiment, tmp_path)
   with pytest.raises(errors.UserError, match="--output is missing"):
     script.build([str(tmp_path)] * 2, "")
+
+
+def test_a_picture_needs_a_browser(tmp_path, monkeypatch):
+  monkeypatch.setenv("PATH", "")
+  with pytest.raises(errors.UserError, match="--png needs one of chromium, "):
+    screenshot.take(tmp_path / "card.html", tmp_path / "card.png")
+  (tmp_path / "chrome").write_text("#!/bin/sh\nexit 3\n")
+  (tmp_path / "chrome").chmod(0o755)
+  monkeypatch.setenv("PATH", str(tmp_path))
+  with pytest.raises(errors.UserError, match="took no picture of .* exit status"):
+    screenshot.take(tmp_path / "card.html", tmp_path / "card.png")
 
 
 def test_script_exit_status(tmp_path):

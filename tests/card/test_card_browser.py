@@ -15,11 +15,10 @@ import pytest
 from card import fake_runs
 from PIL import Image
 
-from ft import card, guards
-from ft.card import compare, evidence, schema
+from ft import card, errors, guards
+from ft.card import compare, evidence, schema, screenshot
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome", "chrome")
-                 if (path := shutil.which(name))), None)
+CHROMIUM = next((path for name in screenshot.BROWSERS if (path := shutil.which(name))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, which was not found")
 
 DARK = ("--blink-settings=preferredColorScheme=0",)
@@ -225,3 +224,12 @@ def test_it_draws_in_light_and_dark(folder, tmp_path, dark):
   ink = np.abs(pixels - paper) > 60
   assert 0.01 < ink.mean() < 0.2
   assert ink[:400].any() and ink[1200:].any()
+
+
+def test_a_picture_for_a_gallery_is_small(folder, tmp_path):
+  screenshot.take(folder / "text" / "card.html", tmp_path / "card.png")
+  image = Image.open(tmp_path / "card.png")
+  assert image.size == screenshot.SIZE and len(image.getcolors()) > 8
+  assert (tmp_path / "card.png").stat().st_size < 150_000
+  with pytest.raises(errors.UserError, match="cannot write"):
+    screenshot.take(folder / "text" / "card.html", tmp_path / "card.odd")
