@@ -3,6 +3,9 @@
 `FIELDS` is the documentation: one row a field with path, type and meaning. In a path `*` stands for
 any name. Types: str, int, number, bool, dict, list, any; "a list of" is written list[type], and `!`
 marks what must be there. A number may be null when `missing` says why.
+
+A field that is added leaves the version as it is, so that older cards stay readable; one that goes,
+moves or means something else takes a new version, and cards of another version are refused.
 """
 
 import math
@@ -113,11 +116,35 @@ def validate(record):
     raise errors.UserError(f"the card has schema {version!r}; this version reads {VERSION!r}")
   problems = []
   _check(record, _tree(), "", problems)
-  problems += [f"guards.{name}.verdict is {guard['verdict']!r}, not one of {guards.VERDICTS}"
-               for name, guard in _items(record, "guards")
-               if isinstance(guard, dict) and guard.get("verdict") not in guards.VERDICTS]
+  if not problems:  # What follows relies on the types.
+    problems += [*_guards(record), *_intervals(record), *_confusion(record)]
   if problems:
     raise errors.UserError("the card's record is not valid: " + "; ".join(problems))
+
+
+def _guards(record):
+  for name, guard in (record.get("guards") or {}).items():
+    if guard["verdict"] not in guards.VERDICTS:
+      yield f"guards.{name}.verdict is {guard['verdict']!r}, not one of {guards.VERDICTS}"
+    if not guard["words"].strip():
+      yield f"guards.{name}.words is empty: every verdict says why"
+
+
+def _intervals(record):
+  for split, rows in (record.get("results") or {}).items():
+    for row, entry in rows.items():
+      for metric, pair in (entry.get("interval") or {}).items():
+        ends = pair if isinstance(pair, list) else []
+        if len(ends) != 2 or all(_fits(end, "number") and end is not None for end in ends) and (
+            ends[0] > ends[1]):
+          yield f"results.{split}.{row}.interval.{metric} must be [lo, hi], got {pair!r}"
+
+
+def _confusion(record):
+  found = record.get("confusion") or {}
+  labels, matrix = found.get("labels") or [], found.get("matrix") or []
+  if {len(matrix), *map(len, matrix)} - {len(labels)}:
+    yield f"confusion.matrix must have a row and a column for each of {len(labels)} labels"
 
 
 def markdown():
@@ -199,8 +226,3 @@ def _fits(value, kind):
   if isinstance(value, bool) and kind in ("int", "number"):
     return False
   return isinstance(value, _TYPES[kind])
-
-
-def _items(record, name):
-  section = record.get(name)
-  return section.items() if isinstance(section, dict) else ()

@@ -10,7 +10,6 @@ from ft import errors
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SIZE = (1000, 1250)  # CSS pixels of the window
-_COLOURS = 64  # A page of text and lines needs no more, and the file is a third as large.
 
 
 def take(page, output):
@@ -37,7 +36,9 @@ def take(page, output):
                pathlib.Path(page).resolve().as_uri()]
     try:
       subprocess.run(command, capture_output=True, timeout=120, check=True)
-      image = Image.open(shot).convert("RGB").quantize(_COLOURS)
+      image = Image.open(shot).convert("RGB")
+      # A palette makes a page of text a third as large; median cut would lose the rare tones.
+      image = image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     except (subprocess.SubprocessError, OSError) as error:
       raise errors.UserError(f"{browser} took no picture of {page}: {error}") from None
   try:

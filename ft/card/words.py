@@ -180,8 +180,9 @@ def _against(record, baseline, row):
   if not all(finite(value) for value in values):
     return f"{amount(row)} over the {row_name(baseline)} (n = {row['n']:,})"
   first, second = (number(value, metric) + " %" * is_share(metric) for value in values)
+  better = "lower is better, " if (record["task"].get("mode") or "max") == "min" else ""
   return (f"{metric_name(metric)} {first} against {second} of the {row_name(baseline)} "
-          f"({overfit.signed(row, metric)}, n = {row['n']:,})")
+          f"({better}{overfit.signed(row, metric)}, n = {row['n']:,})")
 
 
 def _elsewhere(record, most, differences=False):

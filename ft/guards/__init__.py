@@ -169,6 +169,8 @@ def result(verdict: str, words: str, numbers: dict | None = None) -> dict:
   """One guard's result."""
   if verdict not in VERDICTS:
     raise ValueError(f"verdict {verdict!r} is not one of {VERDICTS}")
+  if not words.strip():
+    raise ValueError("a verdict says why: words are empty")
   return {"verdict": verdict, "words": words, "numbers": numbers or {}}
 
 

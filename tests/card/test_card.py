@@ -105,6 +105,14 @@ def test_numbers_that_are_not_finite_become_null_with_a_reason(sentiment, tmp_pa
     ({"data": {"splits": {"test": {"rows": "many"}}}}, "data.splits.test.rows must be int"),
     ({"results": {"test": {"probe": {"metrics": {}}}}}, "results.test.probe.n is missing"),
     ({"guards": {"leak": {"verdict": "fine", "words": "x"}}}, "guards.leak.verdict is 'fine'"),
+    ({"guards": {"leak": {"verdict": "not measured", "words": " "}}}, "every verdict says why"),
+    ({"guards": {"leak": {"verdict": "ok"}}}, "guards.leak.words is missing"),
+    ({"results": {"test": {"probe": {"metrics": {}, "n": 3, "interval": {"mae": [2, 1]}}}}},
+     "results.test.probe.interval.mae must be [lo, hi], got [2, 1]"),
+    ({"results": {"test": {"probe": {"metrics": {}, "n": 3, "interval": {"mae": [1]}}}}},
+     "must be [lo, hi], got [1]"),
+    ({"confusion": {"labels": ["a", "b"], "matrix": [[1, 2]]}}, "a column for each of 2 labels"),
+    ({"confusion": {"labels": ["a"], "matrix": [[1, 2]]}}, "a column for each of 1 labels"),
     ({"guards": []}, "guards must be dict, got list")])
 def test_a_record_of_another_shape_is_refused_before_anything_is_written(
     sentiment, tmp_path, change, said):
@@ -207,7 +215,7 @@ def test_results_and_what_a_guard_raised_start_unfolded():
 
 def test_a_part_that_cannot_be_drawn_costs_no_card(sentiment, tmp_path):
   broken = sentiment | {"history": [{"step": "ten", "validation/accuracy": 0.5}],
-                        "confusion": {"labels": ["a"], "matrix": [["x"]]}}
+                        "confusion": {"labels": ["a"], "matrix": [["x"]]}}  # Not a count.
   card.write(broken, tmp_path)
   text = Reader((tmp_path / "card.html").read_text()).text
   assert "This part could not be drawn (TypeError: " in text and "Reproduce" in text
