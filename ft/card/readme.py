@@ -216,7 +216,10 @@ def _risks(record):
 def _training(record):
   model, base = record.get("model") or {}, _base(record)
   splits = (record.get("data") or {}).get("splits") or {}
-  facts = {"base model": base.get("id") or model.get("source"), "family": model.get("family"),
+  source = str(model.get("source") or "")
+  if source and not source.startswith(("hf:", "pypi:")):  # A path means nothing elsewhere.
+    source = f"{pathlib.PurePath(source).name}, a folder or file of its own"
+  facts = {"base model": base.get("id") or source, "family": model.get("family"),
            "licence of the base model": base.get("licence") or "not known to this run",
            "parameters": _count(model.get("parameters")),
            "of them trained": _count(model.get("trainable")),

@@ -9,10 +9,7 @@ STYLE = """
   --warn: #e0b15a; --bad: #ee8f86; } }
 @media print { :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444; --rule: #bbb;
   --panel: #f4f4f4; --accent: #1d4f7c; --weak: #777; --good: #2c6a48; --warn: #7a4f00;
-  --bad: #8d2a25; } nav { display: none; } body { font-size: 10pt; }
-  figure, tr { break-inside: avoid; } .scroll { overflow: visible; }
-  h2, h3, caption, summary { break-after: avoid; } summary::before { display: none; }
-  details::details-content { content-visibility: visible; display: block; block-size: auto; } }
+  --bad: #8d2a25; } }
 body:has(#all:checked) details::details-content { content-visibility: visible; display: block;
   block-size: auto; }
 .all { display: none; }
@@ -126,4 +123,12 @@ footer { padding-top: 1.5rem; padding-bottom: 3rem; font-size: .85rem; }
   0; border: 0; } .stack td::before { content: " "; } .stack td.long { display: block; }
   .stack caption { display: block; } .stack, .stack tbody { display: block; }
   .stack .aside { display: inline; } .stack td.n { white-space: normal; } }
+@media print { nav, .skip { display: none; } html { font-size: 12.5px; } body { font-size: 1rem; }
+  header { padding-top: 0; } header, main, footer { max-width: none; padding-left: 0;
+  padding-right: 0; }
+  .scroll { overflow: visible; break-inside: avoid; }
+  #verdict .scroll { break-inside: auto; } figure, tr, pre { break-inside: avoid; }
+  h2, h3, caption, summary { break-after: avoid; }
+  summary { list-style: none; } section > details > summary::before { display: none; }
+  details::details-content { content-visibility: visible; display: block; block-size: auto; } }
 """

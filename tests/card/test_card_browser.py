@@ -53,6 +53,7 @@ addEventListener("load", () => setTimeout(() => {
   }
   document.title = JSON.stringify({width: document.documentElement.scrollWidth,
     inner: innerWidth, wide: wide, flat: flat, texts: texts, weakest: weakest,
+    links: all.filter(e => e.tagName == "NAV").length,
     shut: [...document.querySelectorAll(".evidence")].filter(e => !visible(e)).map(e => e.id),
     hidden: [...document.querySelectorAll(".evidence, details table, details pre")]
       .filter(e => !visible(e)).length,
@@ -188,6 +189,8 @@ def test_folds_open_by_link_by_switch_and_on_paper(measured):
   for view in ("switched", "paper"):
     assert measured[f"text/card.html {view}"]["hidden"] == 0
   assert measured["text/card.html folded"]["hidden"] > len(shut)
+  assert measured["text/card.html folded"]["links"] == 1
+  assert measured["text/card.html paper"]["links"] == 0  # Links are of no use there.
 
 
 def test_paper_has_the_same_pages_whatever_is_folded(folder, tmp_path):

@@ -53,6 +53,7 @@ def test_what_is_not_known_is_left_out():
   data = loaded(local).data.to_dict()
   assert "license" not in data and "base_model" not in data
   assert "licence of the base model: not known to this run" in loaded(local).text
+  assert "/data/private" not in loaded(local).text
   hub = fake_runs.quality(model={"source": "hf:google/vit-base@main", "family": "vit"})
   assert loaded(hub).data.base_model == "google/vit-base"
 
