@@ -129,6 +129,7 @@ footer { padding-top: 1.5rem; padding-bottom: 3rem; font-size: .85rem; }
   .scroll { overflow: visible; break-inside: avoid; }
   #verdict .scroll { break-inside: auto; } figure, tr, pre { break-inside: avoid; }
   h2, h3, caption, summary { break-after: avoid; }
-  summary { list-style: none; } section > details > summary::before { display: none; }
+  summary { list-style: none; } details > summary, details[open] > summary { margin-bottom: .4rem; }
+  section > details > summary::before { display: none; }
   details::details-content { content-visibility: visible; display: block; block-size: auto; } }
 """
