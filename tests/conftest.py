@@ -20,14 +20,14 @@ def pytest_configure():
   os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
   # Threads of torch that wait for each other cost a third of the time, on a core a worker.
   os.environ.setdefault("OMP_NUM_THREADS", "1")
+  os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of scripts that tests start
 
 
 @pytest.fixture(autouse=True)
 def quick_compilation(request):
   """Compiles without costly optimisations: most programs run once, on little data.
 
-  What the optimised program is like is asked by tests that are marked so, and by all that start
-  scripts.
+  What the optimised program is like is asked by tests that are marked so.
   """
   jax.config.update("jax_disable_most_optimizations",
                     request.node.get_closest_marker("optimised") is None)
