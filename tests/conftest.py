@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -96,20 +97,18 @@ def get_config():
     return [sys.executable, "scripts/train.py", f"--config={self.config}", f"--workdir={workdir}",
             *flags]
 
-  def environment(self, **extra):
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "FT_CACHE": str(self.folder / "cache"), **extra}
-
   def train(self, workdir, *flags, status=0, **env):
     """Runs to the end and checks the exit status; returns the finished process."""
-    done = subprocess.run(self.command(workdir, *flags), cwd=ROOT, env=self.environment(**env),
+    done = subprocess.run(self.command(workdir, *flags), cwd=ROOT, env=commands.environment(**env),
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == status, done.stderr[-3000:]
     return done
 
   def start(self, workdir, *flags, **env):
     """Starts a run in the background."""
-    return subprocess.Popen(self.command(workdir, *flags), cwd=ROOT, env=self.environment(**env),
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+      self.command(workdir, *flags), cwd=ROOT, env=commands.environment(**env),
+      stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ import optax
 from ft import ctc, errors, losses, models, speech
 from ft.data import audio, sounds, transcripts
 from ft.models import generate
-from ft.tasks import lm
+from ft.tasks import writing
 
 KEYS = {
   "label_smoothing": (0.0, "share of the target spread over the vocabulary; not with CTC",
@@ -46,7 +46,7 @@ KEYS = {
 }
 
 
-class Task(lm.Task):
+class Task(writing.Task):
   """Loss, texts and metrics of transcription.
 
   Attributes:
@@ -58,6 +58,7 @@ class Task(lm.Task):
   """
 
   needs = ("text",)
+  statistics = speech.STATISTICS
 
   def __init__(self, config, data, preprocess):
     """Makes the task of a run.
@@ -118,11 +119,6 @@ class Task(lm.Task):
     task._settle(preprocess, {**spec, "generate_rows": max(1, spec["generate_rows"])})
     task._smoothing = 0.0
     return task
-
-  def describe_task(self) -> dict:
-    """Returns the card's fields about the task."""
-    signatures = {"signatures": self._measures.signatures()} if self.generate_rows else {}
-    return {"mode": self.judged[1], **signatures}
 
   def show(self, example: dict) -> str:
     """Returns an example's sound, and the text that carries loss."""
@@ -290,32 +286,6 @@ class Task(lm.Task):
                           for start, end, text in self.words.segments(ids)]
     return made
 
-  # On the host, over whole splits.
-
-  def metrics(self, outputs: dict) -> dict[str, float]:
-    """Returns the metrics of a split: those of `lm.Task`, and of the texts that were written.
-
-    Args:
-      outputs: "nll" and "tokens" (N,), and of written texts `compare`'s statistics with
-        "generated" (N,), 1 where there is one; each pair may be absent.
-    """
-    found = super().metrics(outputs) if "nll" in outputs else {}
-    return found | (self._measures.values(_chosen(outputs)) if "generated" in outputs else {})
-
-  def value(self, outputs: dict) -> float:
-    """Returns the metric that verdicts are about; NaN where a split has none."""
-    if self.judged[0] == "nats_per_token":
-      return super().value(outputs)
-    if "generated" not in outputs:
-      return float("nan")
-    return self._measures.value(self.judged[0], _chosen(outputs))
-
-  def count(self, outputs: dict) -> int:
-    """Returns how many rows the metric that verdicts are about is of."""
-    if self.judged[0] != "nats_per_token":
-      return int(np.sum(outputs.get("generated", 0)))
-    return len(next(iter(outputs.values())))
-
 
 def _kind(config, preprocess) -> dict:
   """Returns what tells Whisper's texts and letters apart, and how each is written, as JSON."""
@@ -340,9 +310,3 @@ def _kind(config, preprocess) -> dict:
     raise errors.UserError(f"task.max_target={config.max_target}: the model has room for {most} "
                            "tokens behind the start; set it to that or less")
   return {"layout": dataclasses.asdict(layout)}
-
-
-def _chosen(outputs: dict) -> dict:
-  """Returns the statistics of the rows that a text was written for."""
-  rows = np.asarray(outputs["generated"]) > 0
-  return {key: np.asarray(outputs[key])[rows] for key in speech.STATISTICS if key in outputs}

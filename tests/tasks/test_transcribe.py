@@ -1,15 +1,12 @@
 """Transcription: losses and texts against transformers, error rates, bad input."""
 
 import json
-import os
-import subprocess
-import sys
 import types
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from commands import script
 from ml_collections import config_dict
 from tasks import speech_models
 
@@ -289,11 +286,8 @@ def test_two_cities_through_predict(shared, tmp_path):
           "task": {"name": "transcribe", **own.spec()}}
   pretrained.files["ft.json"] = json.dumps(spec).encode()
   models.export(pretrained, tmp_path / "model")
-  done = subprocess.run(
-    [sys.executable, "scripts/predict.py", f"--run={tmp_path}", f"--input={clip}", "--batch=2",
-     f"--output={tmp_path / 'out.jsonl'}"], cwd=ROOT, capture_output=True, text=True,
-    env={**os.environ, "PYTHONPATH": str(ROOT)})
-  assert done.returncode == 0, done.stderr[-2000:]
+  script("predict", f"--run={tmp_path}", f"--input={clip}", "--batch=2",
+         f"--output={tmp_path / 'out.jsonl'}")
   text = json.loads((tmp_path / "out.jsonl").read_text())["text"]
 
   net = transformers.WhisperForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
