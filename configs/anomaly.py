@@ -12,6 +12,11 @@ defects of the training part, which no bank sees: a global defect changes the wh
 model: efficientnet, or dinov2 (AnomalyDINO: tokens as patches, cosine distance, mean of the largest
   1 %), for which images are scaled to 252 pixels.
 folder: where DINOv2 lies.
+
+Measured with efficientnet, seed 0, one CPU core, 1.6 minutes; AUROC of 400 test images, 95 %
+intervals: bank of patches 80.9 [76.8, 84.9] (global defects 96.8, local ones 65.1), nearest whole
+image 76.2 [71.4, 80.6], distance to the mean image 49.4. F1 .66 at a threshold chosen on nominal
+images of validation. The supervised run sees the local defects that this one hardly does.
 """
 
 IMAGES = "pypi:conformal-clip-data==0.1.4/conformal_clip_data/data/textile_images/simulated"

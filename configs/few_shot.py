@@ -8,8 +8,7 @@ there. pairs: of each kind a row (SetFit's num_iterations); folder: where the da
 rows with --config.data.split_seed=1.
 
 Measured, seed 0, two busy CPU cores, 12 minutes; accuracy of 3,080 rows, 95 % intervals: fine-tuned
-81.0 [79.5, 82.3], frozen probe 82.1 [80.7, 83.4]. It lost by 1.1 points [0.1, 2.3]: pairs of 616
-rows teach this encoder, which was made from a billion pairs, nothing that the probe does not find.
+81.0 [79.5, 82.3], frozen probe 82.1 [80.7, 83.4]. It lost by 1.1 points [0.1, 2.3].
 """
 
 

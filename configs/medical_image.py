@@ -16,8 +16,9 @@ The normal class is what fails: a tenth of the training rows, more than a third 
 logit adjustment (tau 1) is on against it. Rate 3e-4 in place of 5e-4 gave 82.2 on seed 0.
 
 The card also judges it as a screening test: sensitivity where validation keeps a specificity of
-90 %, predictive values and net benefit for a prevalence of 10 %. That test is not like validation
-shows in the specificity that it keeps.
+90 %, predictive values and net benefit for a prevalence of 10 %. Test is not like validation, and
+the specificity shows it: seed 0, run again later (accuracy 82.05), kept 58.5 % [52.1, 64.7] of the
+asked 90 with a sensitivity of 99.2 [97.8, 99.7]; PPV .21, NPV .999.
 """
 
 

@@ -6,6 +6,11 @@ Fifteen of the 77 intents are never trained. The split `open` is test with their
 tell them by its confidence (largest probability, or energy)? It answers where its confidence
 reaches a threshold that 95 % of the validation rows reach. all-MiniLM-L6-v2 with LoRA; the probe is
 logistic regression on its features. folder: where the data lies; coverage: the share above.
+
+Measured, seed 0, one busy CPU core, 12 minutes, 95 % intervals. Of `open` (n = 3,080): AUROC of
+known against unknown questions .934 (probe .877), accuracy of what is answered 89.8 % (87.5). Of
+test (n = 2,480): accuracy 94.2 [93.3, 95.1], probe 93.6 [92.6, 94.5]; +0.6 [-0.2, 1.5], no gain
+shown: what is gained is the confidence, not the accuracy.
 """
 
 UNKNOWN = (

@@ -51,22 +51,28 @@ SECTIONS = {
   "guard": ("guards/*.py",),
 }
 TYPES = {"str": str, "int": int, "float": float, "dict": dict, "list": (list, tuple)}
-NOT_COMPONENTS = ("__init__", "sources", "loader", "splits", "adapters", "parts", "peft",
-                  "quantize", "saving", "turns", "tags", "pairs", "answers", "packing", "rendering",
-                  "spm", "panel", "timeline", "windows", "blend", "lora_peft", "lora_start",
-                  "peft_reading", "histories", "sounds", "transcripts")
 
 
 @functools.cache
-def _keys(path: pathlib.Path) -> dict:
-  """The literal KEYS table of one source file; {} where it has none."""
+def _keys(path: pathlib.Path) -> dict | None:
+  """The literal KEYS table of one source file; None where it has none."""
   for node in ast.parse(path.read_text()).body:
     if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "KEYS":
       try:
         return ast.literal_eval(node.value)
       except ValueError as error:
         raise ValueError(f"{path}: KEYS must be a literal table ({error})") from None
-  return {}
+  return None
+
+
+def _components(pattern: str) -> list[pathlib.Path]:
+  """The files that a pattern such as data/{modality}.py chooses from.
+
+  That is those with a KEYS table, empty or not; others in the room are what these share.
+  """
+  folder, shared = ROOT / pattern.split("/")[0], {p for part in SECTIONS.values() for p in part}
+  return [path for path in sorted(folder.glob("*.py"))
+          if str(path.relative_to(ROOT)) not in shared and _keys(path) is not None]
 
 
 def _files(section: str, chosen: dict | None):
@@ -74,9 +80,9 @@ def _files(section: str, chosen: dict | None):
   for pattern in SECTIONS[section]:
     if "{" in pattern:
       selector = pattern[pattern.index("{") + 1 : pattern.index("}")]
-      for path in sorted(ROOT.glob(pattern.replace("{" + selector + "}", "*"))):
+      for path in _components(pattern):
         name = f"{section}.{selector}"
-        if path.stem not in NOT_COMPONENTS and (not chosen or chosen[name] == path.stem):
+        if not chosen or chosen[name] == path.stem:
           yield section, path, f"{name}={path.stem}"
     elif "*" in pattern:
       for path in sorted(ROOT.glob(pattern)):
@@ -102,7 +108,7 @@ def _entries(chosen: dict | None):
     yield key, *entry, choices(key), ""
   for section in SECTIONS:
     for prefix, path, selector in _files(section, chosen):
-      for key, (default, meaning, *domain) in _keys(path).items():
+      for key, (default, meaning, *domain) in (_keys(path) or {}).items():
         name = f"{prefix}.{key}" if prefix else key
         yield name, default, meaning, domain[0] if domain else None, selector
 
@@ -116,8 +122,7 @@ def choices(selector: str) -> list[str]:
   """The components there are for `task.name`, `tune.method` or `data.modality`."""
   section, name = selector.split(".")
   pattern = next(p for p in SECTIONS[section] if "{" in p)
-  folder = ROOT / pattern.split("/")[0]
-  return sorted(p.stem for p in folder.glob("*.py") if p.stem not in NOT_COMPONENTS)
+  return [path.stem for path in _components(pattern)]
 
 
 def load(name: str, overrides: list[tuple[str, str]] = ()):

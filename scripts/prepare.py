@@ -16,7 +16,7 @@ Or synthetic preference pairs from conversations (see ft/synthetic.py), a JSON o
 
 from absl import flags, logging
 
-from ft import cli
+from ft import cli, errors
 
 flags.DEFINE_list("texts", [], "files with a text a line, which may be compressed by gzip")
 flags.DEFINE_string("output", "", "folder or file to be made")
@@ -38,13 +38,33 @@ flags.DEFINE_string("speaker", "assistant", "dialogues: whose replies are compar
 flags.DEFINE_integer("rows", 0, "dialogues: the first so many; 0: all", lower_bound=0)
 
 
-def main(_):
-  from ft import errors, results, scratch, synthetic
+# What is made -> the flags it reads beside --output and its own.
+READS = {
+  "texts": ("vocabulary", "width", "layers", "heads", "positions", "seed"),
+  "interactions": ("item", "kind", "dropout", "start", "width", "layers", "heads", "positions",
+                   "seed"),
+  "dialogues": ("column", "speaker", "rows", "seed"),
+}
 
-  f = flags.FLAGS
-  if not f.output or sum(map(bool, (f.texts, f.dialogues, f.interactions))) != 1:
+
+def check(f):
+  """Raises UserError where not one thing is asked for, or with a flag that it would not read."""
+  asked = [name for name in READS if f[name].value]
+  if not f.output or len(asked) != 1:
     raise errors.UserError("--output and --texts=FILE,…, --dialogues=FILE or --interactions=TABLE "
                            "are needed; see --help")
+  every = {name for names in READS.values() for name in names}
+  idle = sorted(name for name in every - {*READS[asked[0]]} if f[name].present)
+  if idle:
+    raise errors.UserError(f"--{', --'.join(idle)}: not read with --{asked[0]}, which reads "
+                           f"--{', --'.join(READS[asked[0]])}")
+
+
+def main(_):
+  from ft import results, scratch, synthetic
+
+  f = flags.FLAGS
+  check(f)
   if f.dialogues:
     count = synthetic.write(f.output, f.dialogues, f.column, f.speaker, f.rows, f.seed)
     logging.info("%s: %d pairs", f.output, count)

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -20,14 +21,14 @@ def pytest_configure():
   os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
   # Threads of torch that wait for each other cost a third of the time, on a core a worker.
   os.environ.setdefault("OMP_NUM_THREADS", "1")
+  os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # of scripts that tests start
 
 
 @pytest.fixture(autouse=True)
 def quick_compilation(request):
   """Compiles without costly optimisations: most programs run once, on little data.
 
-  What the optimised program is like is asked by tests that are marked so, and by all that start
-  scripts.
+  What the optimised program is like is asked by tests that are marked so.
   """
   jax.config.update("jax_disable_most_optimizations",
                     request.node.get_closest_marker("optimised") is None)
@@ -96,20 +97,18 @@ def get_config():
     return [sys.executable, "scripts/train.py", f"--config={self.config}", f"--workdir={workdir}",
             *flags]
 
-  def environment(self, **extra):
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "FT_CACHE": str(self.folder / "cache"), **extra}
-
   def train(self, workdir, *flags, status=0, **env):
     """Runs to the end and checks the exit status; returns the finished process."""
-    done = subprocess.run(self.command(workdir, *flags), cwd=ROOT, env=self.environment(**env),
+    done = subprocess.run(self.command(workdir, *flags), cwd=ROOT, env=commands.environment(**env),
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == status, done.stderr[-3000:]
     return done
 
   def start(self, workdir, *flags, **env):
     """Starts a run in the background."""
-    return subprocess.Popen(self.command(workdir, *flags), cwd=ROOT, env=self.environment(**env),
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+      self.command(workdir, *flags), cwd=ROOT, env=commands.environment(**env),
+      stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ import numpy as np
 
 from ft import errors, models
 from ft.data import histories, sources, splits
+from ft.data.fixed import Fixed
 
 KEYS = {
   "split": ("leave-one-out", "each user's last interaction is test and the one before validation; "
@@ -49,7 +50,7 @@ _SPLITS = {
 }
 
 
-class Preprocess:
+class Preprocess(Fixed):
   """Turns a history into item ids of one length, and tables into splits.
 
   Args:
@@ -68,10 +69,6 @@ class Preprocess:
   Raises:
     UserError: a key does not fit, or the checkpoint does not say what its items are.
   """
-
-  augments = False
-  pad: dict = {}
-  buckets = ()
 
   def __init__(self, config, info):
     for key in _NOT_HERE:
@@ -216,20 +213,6 @@ class Preprocess:
     seen = np.zeros(self.size, bool)
     seen[items] = True
     return np.packbits(seen)
-
-  def augment(self, example: dict, rng: np.random.Generator) -> dict:
-    """Returns the example as it is."""
-    del rng
-    return example
-
-  def finish(self, batch: dict) -> dict:
-    """Returns the batch as it is."""
-    return batch
-
-  def length(self, example: dict) -> int:
-    """Returns 1: histories are filled up to one length."""
-    del example
-    return 1
 
   def show(self, example: dict) -> str:
     """Returns one line about an example for log and card."""

@@ -20,6 +20,7 @@ from absl import logging
 
 from ft import errors
 from ft.data import panel, sources, splits, timeline, windows
+from ft.data.fixed import Fixed
 
 KEYS = {
   "time": ((), "columns whose values, with spaces between, are the time; (): one called time, date,"
@@ -65,7 +66,7 @@ class Reads:
   tokens: dict[str, int] | None = None
 
 
-class Preprocess:
+class Preprocess(Fixed):
   """Turns {"window": windows.Window} into the past that a model reads, and splits tables by time.
 
   Args:
@@ -84,10 +85,6 @@ class Preprocess:
   Raises:
     UserError: a key does not fit series or the model.
   """
-
-  augments = False
-  pad: dict = {}
-  buckets = ()
 
   def __init__(self, config, info):
     for key in _NOT_FOR_SERIES:
@@ -256,20 +253,6 @@ class Preprocess:
     at = window.future(self.horizon)
     return {"future_values": window.series.values[at],
             "future_observed": window.series.observed[at]}
-
-  def augment(self, example: dict, rng: np.random.Generator) -> dict:
-    """Returns the example as it is."""
-    del rng
-    return example
-
-  def finish(self, batch: dict) -> dict:
-    """Returns the batch as it is."""
-    return batch
-
-  def length(self, example: dict) -> int:
-    """Returns 1: windows have one shape."""
-    del example
-    return 1
 
   def show(self, example: dict) -> str:
     """Returns one line about an example for log and card."""

@@ -193,11 +193,6 @@ class Preprocess:
     return sum(sign * len(text[left:right].encode("utf-8", "surrogatepass"))
                for sign, spans in ((1, [(start, end)]), (-1, cut)) for left, right in spans)
 
-  def augment(self, example: dict, rng: np.random.Generator) -> dict:
-    """Returns the example as it is."""
-    del rng
-    return example
-
   def finish(self, batch: dict) -> dict:
     """Returns the batch as it is: token ids need nothing on the device."""
     return batch

@@ -21,7 +21,7 @@ import numpy as np
 from ft import errors, models, texts
 from ft.data import pairs
 from ft.models import generate
-from ft.tasks import lm
+from ft.tasks import writing
 
 KEYS = {
   "label_smoothing": (0.0, "share of the target spread over the vocabulary", (0.0, 0.99)),
@@ -48,7 +48,7 @@ KEYS = {
 }
 
 
-class Task(lm.Task):
+class Task(writing.Task):
   """Loss, texts and metrics of text to text; losses and nats are those of `lm.Task`.
 
   Attributes:
@@ -59,6 +59,7 @@ class Task(lm.Task):
   """
 
   needs = ("target",)
+  statistics = texts.STATISTICS
 
   def __init__(self, config, data, preprocess):
     """Makes the task of a run.
@@ -107,16 +108,6 @@ class Task(lm.Task):
     """The scores; only measuring needs their libraries, writing texts does not."""
     s = self._spec
     return texts.Measures(s["scores"], s["bleu_tokenizer"], s["rouge_stemming"], s["glossary"])
-
-  @property
-  def _written(self) -> bool:
-    """Whether verdicts are about written texts."""
-    return self.judged[0] != "nats_per_token"
-
-  def describe_task(self) -> dict:
-    """Returns the card's fields about the task."""
-    signatures = {"signatures": self._measures.signatures()} if self.generate_rows else {}
-    return {"mode": self.judged[1], **signatures}
 
   def show(self, example: dict) -> str:
     """Returns an example as the model reads it, and what of it carries loss."""
@@ -206,30 +197,6 @@ class Task(lm.Task):
 
   # On the host, over whole splits.
 
-  def metrics(self, outputs: dict) -> dict[str, float]:
-    """Returns the metrics of a split: those of `lm.Task`, and of the texts that were written.
-
-    Args:
-      outputs: "nll" and "tokens" (N,), and of written texts `compare`'s statistics with
-        "generated" (N,), 1 where there is one; each pair may be absent.
-    """
-    found = super().metrics(outputs) if "nll" in outputs else {}
-    return found | (self._measures.values(_chosen(outputs)) if "generated" in outputs else {})
-
-  def value(self, outputs: dict) -> float:
-    """Returns the metric that verdicts are about; NaN where a split has none."""
-    if not self._written:
-      return super().value(outputs)
-    if "generated" not in outputs:
-      return float("nan")
-    return self._measures.value(self.judged[0], _chosen(outputs))
-
-  def count(self, outputs: dict) -> int:
-    """Returns how many rows the metric that verdicts are about is of."""
-    if self._written:
-      return int(np.sum(outputs.get("generated", 0)))
-    return len(next(iter(outputs.values())))
-
   def baselines(self, features: dict) -> dict:
     """Returns what no fine-tuning gets: the pretrained model, and the source or its beginning.
 
@@ -246,9 +213,3 @@ class Task(lm.Task):
     index = part["index"][np.asarray(part["generated"]) > 0]
     written = [self._lead(rows[int(i)]["text"]) for i in index]
     return texts.spread(part["index"], index, self.compare(rows, index, written))
-
-
-def _chosen(outputs: dict) -> dict:
-  """Returns the statistics of the rows that a text was written for."""
-  rows = np.asarray(outputs["generated"]) > 0
-  return {key: np.asarray(outputs[key])[rows] for key in texts.STATISTICS if key in outputs}

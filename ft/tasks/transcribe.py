@@ -8,7 +8,7 @@ left out, as their text would be of more than the clip; at prediction such a sou
 is quiet, and the parts' texts are joined.
 
 The best checkpoint is chosen by nats per token of validation; texts are written and compared once,
-at the end (`generate_rows`), by beams or greedily, letters always greedily.
+at the end (`generate_rows`), greedily or by beams.
 
 Shapes: B batch, T tokens of a text, K frames of letters, N rows of a split, V vocabulary.
 """
@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ft import errors, losses, models, speech
+from ft import ctc, errors, losses, models, speech
 from ft.data import audio, sounds, transcripts
 from ft.models import generate
-from ft.tasks import lm
+from ft.tasks import writing
 
 KEYS = {
   "label_smoothing": (0.0, "share of the target spread over the vocabulary; not with CTC",
@@ -42,11 +42,11 @@ KEYS = {
   "spell_digits": (False, "digits that stand alone count as their words: 7 is taught as seven"),
   "generate_rows": (200, "rows of a split that texts are written for, at the end; 0: none",
                     (0, None)),
-  "num_beams": (1, "Whisper: beams of the search for a text; 1: greedy", (1, 64)),
+  "num_beams": (1, "beams of the search for a text; 1: greedy", (1, 64)),
 }
 
 
-class Task(lm.Task):
+class Task(writing.Task):
   """Loss, texts and metrics of transcription.
 
   Attributes:
@@ -58,6 +58,7 @@ class Task(lm.Task):
   """
 
   needs = ("text",)
+  statistics = speech.STATISTICS
 
   def __init__(self, config, data, preprocess):
     """Makes the task of a run.
@@ -81,9 +82,9 @@ class Task(lm.Task):
     spec = {key: config[key] for key in kept}
     self._settle(preprocess, {**spec, **_kind(config, preprocess)})
     self._smoothing = float(config.label_smoothing)
-    if self._ctc and (self._smoothing or config.num_beams > 1):
-      raise errors.UserError("task.label_smoothing and task.num_beams are of models that decode a "
-                             "text; this one has a CTC loss and reads its letters off the frames")
+    if self._ctc and self._smoothing:
+      raise errors.UserError("task.label_smoothing is of models that decode a text; this one has a "
+                             "CTC loss and reads its letters off the frames")
 
   def _settle(self, preprocess, spec: Mapping) -> None:
     self._spec, self.preprocess, folder = dict(spec), preprocess, preprocess.info.folder
@@ -118,11 +119,6 @@ class Task(lm.Task):
     task._settle(preprocess, {**spec, "generate_rows": max(1, spec["generate_rows"])})
     task._smoothing = 0.0
     return task
-
-  def describe_task(self) -> dict:
-    """Returns the card's fields about the task."""
-    signatures = {"signatures": self._measures.signatures()} if self.generate_rows else {}
-    return {"mode": self.judged[1], **signatures}
 
   def show(self, example: dict) -> str:
     """Returns an example's sound, and the text that carries loss."""
@@ -254,18 +250,13 @@ class Task(lm.Task):
     return self._inputs(batch), list(self.words.layout.prompt)
 
   def _write_letters(self, apply: Callable, variables, batch: dict) -> dict:
-    """Returns {"answer": (B, K) ids, "answer_length": (B,)}: each frame's likeliest letter.
-
-    Frames that repeat the one before, and those without a letter, are left out.
-    """
+    """Returns {"answer": (B, K) ids, "answer_length": (B,)}: what `ctc` reads off the frames."""
     logits, real = self._letters(apply, variables, batch, None)
-    best = jnp.argmax(logits, -1).astype(jnp.int32)
-    before = jnp.pad(best[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    kept = (best != before) & (best != self.words.blank) & (real > 0)
-    order = jnp.argsort(~kept, axis=1, stable=True)
-    room = self._frames(self.preprocess.samples) - best.shape[1]  # one width for all batches
-    answer = jnp.pad(jnp.take_along_axis(best, order, 1), ((0, 0), (0, max(0, room))))
-    return {"answer": answer, "answer_length": kept.sum(1)}
+    size = max(logits.shape[1], self._frames(self.preprocess.samples))  # one width for all batches
+    blank, width = self.words.blank, self._spec["num_beams"]
+    answer, length = (ctc.greedy(logits, real, blank, size) if width == 1 else
+                      ctc.beams(logits, real, blank, size, width))
+    return {"answer": answer, "answer_length": length}
 
   def decode(self, ids) -> str:
     """Returns the text of token ids (T,)."""
@@ -295,32 +286,6 @@ class Task(lm.Task):
                           for start, end, text in self.words.segments(ids)]
     return made
 
-  # On the host, over whole splits.
-
-  def metrics(self, outputs: dict) -> dict[str, float]:
-    """Returns the metrics of a split: those of `lm.Task`, and of the texts that were written.
-
-    Args:
-      outputs: "nll" and "tokens" (N,), and of written texts `compare`'s statistics with
-        "generated" (N,), 1 where there is one; each pair may be absent.
-    """
-    found = super().metrics(outputs) if "nll" in outputs else {}
-    return found | (self._measures.values(_chosen(outputs)) if "generated" in outputs else {})
-
-  def value(self, outputs: dict) -> float:
-    """Returns the metric that verdicts are about; NaN where a split has none."""
-    if self.judged[0] == "nats_per_token":
-      return super().value(outputs)
-    if "generated" not in outputs:
-      return float("nan")
-    return self._measures.value(self.judged[0], _chosen(outputs))
-
-  def count(self, outputs: dict) -> int:
-    """Returns how many rows the metric that verdicts are about is of."""
-    if self.judged[0] != "nats_per_token":
-      return int(np.sum(outputs.get("generated", 0)))
-    return len(next(iter(outputs.values())))
-
 
 def _kind(config, preprocess) -> dict:
   """Returns what tells Whisper's texts and letters apart, and how each is written, as JSON."""
@@ -345,9 +310,3 @@ def _kind(config, preprocess) -> dict:
     raise errors.UserError(f"task.max_target={config.max_target}: the model has room for {most} "
                            "tokens behind the start; set it to that or less")
   return {"layout": dataclasses.asdict(layout)}
-
-
-def _chosen(outputs: dict) -> dict:
-  """Returns the statistics of the rows that a text was written for."""
-  rows = np.asarray(outputs["generated"]) > 0
-  return {key: np.asarray(outputs[key])[rows] for key in speech.STATISTICS if key in outputs}

@@ -6,6 +6,8 @@ import os
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -183,3 +185,12 @@ def test_sha256_mismatch(tmp_path, monkeypatch):
   pinned = json.loads((resolve.CHECKSUMS).read_text())
   assert all(len(entry["sha256"]) == 64 for entry in pinned.values())
   assert hashlib.sha256(b"").hexdigest() not in {entry["sha256"] for entry in pinned.values()}
+
+
+def test_prepare_refuses_flags_that_it_would_not_read(tmp_path):
+  done = subprocess.run(
+    [sys.executable, "scripts/prepare.py", "--dialogues=chat.jsonl", "--vocabulary=99",
+     f"--output={tmp_path}/pairs.jsonl"], capture_output=True, text=True)
+  assert done.returncode == 2 and "Traceback" not in done.stderr
+  assert "--vocabulary: not read with --dialogues" in done.stderr
+  assert "--column, --speaker, --rows, --seed" in done.stderr

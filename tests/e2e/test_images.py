@@ -1,12 +1,11 @@
 """The image path from end to end: folders by class, augmentation, batch statistics, prediction."""
 
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+from commands import script
 from PIL import Image
 
 from ft import config, models, train
@@ -66,11 +65,7 @@ def test_frozen_and_updated_batch_statistics(folder, tiny):
   (folder / "new").mkdir()
   Image.new("RGB", (32, 32), COLOURS["red"]).save(folder / "new" / "a.png")
   (folder / "new" / "b.png").write_text("no image")
-  done = subprocess.run(
-    [sys.executable, "scripts/predict.py", f"--run={folder / 'frozen'}",
-     f"--input={folder / 'new'}"],
-    env=tiny.environment(), capture_output=True, text=True, check=True,
-  )
+  done = script("predict", f"--run={folder / 'frozen'}", f"--input={folder / 'new'}")
   answers = [json.loads(line) for line in done.stdout.splitlines()]
   assert [answer["id"].rsplit("/")[-1] for answer in answers] == ["a.png", "b.png"]
   assert answers[0]["label"] in COLOURS and "b.png" in answers[1]["error"]

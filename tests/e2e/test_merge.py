@@ -1,11 +1,10 @@
 """scripts/merge.py on two finished runs: a soup that predicts, what was learnt added up, errors."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from commands import script
 
 from ft import config, models, train
 from ft.weights import names
@@ -23,10 +22,7 @@ def runs(tiny, tmp_path_factory):
 
 
 def merge(tiny, runs, *flags, status=0):
-  command = [sys.executable, "scripts/merge.py", f"--models={runs}/run0,{runs}/run1/model", *flags]
-  done = subprocess.run(command, env=tiny.environment(), capture_output=True, text=True,
-                        timeout=300)
-  assert done.returncode == status, done.stderr[-3000:]
+  done = script("merge", f"--models={runs}/run0,{runs}/run1/model", *flags, status=status)
   return done.stderr if status else json.loads(done.stdout)
 
 
@@ -47,9 +43,7 @@ def test_greedy_soup_predicts(tiny, runs, tmp_path):
                              atol=1e-8)
   rows = tmp_path / "rows.txt"
   rows.write_text("a great film\ndull plot\n")
-  done = subprocess.run(
-    [sys.executable, "scripts/predict.py", f"--run={tmp_path / 'm'}", f"--input={rows}"],
-    env=tiny.environment(), capture_output=True, text=True, timeout=200, check=True)
+  done = script("predict", f"--run={tmp_path / 'm'}", f"--input={rows}")
   answers = [json.loads(line) for line in done.stdout.splitlines()]
   assert {answer["label"] for answer in answers} <= {"positive", "negative"} and len(answers) == 2
 

@@ -1,12 +1,11 @@
 """One run from end to end: train, evaluate, predict, export, card; then a second start."""
 
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+from commands import script
 
 ROWS = ["a great warm film", "dull and grim plot"]
 
@@ -16,15 +15,6 @@ def run(tiny, tmp_path_factory):
   folder = tmp_path_factory.mktemp("run") / "run"
   done = tiny.train(folder, "--config.train.steps=60")
   return folder, done
-
-
-def script(tiny, name, *flags, stdin=None, status=0):
-  done = subprocess.run(
-    [sys.executable, f"scripts/{name}.py", *map(str, flags)], env=tiny.environment(), input=stdin,
-    capture_output=True, text=True, timeout=200,
-  )
-  assert done.returncode == status, done.stderr[-3000:]
-  return done
 
 
 def test_the_folder_holds_what_was_promised(run):
@@ -55,11 +45,11 @@ def test_a_finished_run_says_so_and_does_nothing(tiny, run):
 
 def test_predict_from_stdin_and_csv_agree(tiny, run, tmp_path):
   folder, _ = run
-  lines = script(tiny, "predict", f"--run={folder}", "--input=-", stdin="\n".join(ROWS)).stdout
+  lines = script("predict", f"--run={folder}", "--input=-", given="\n".join(ROWS)).stdout
   first = [json.loads(line) for line in lines.splitlines()]
   table = tmp_path / "rows.csv"
   table.write_text("text\n" + "\n".join(ROWS) + "\n")
-  script(tiny, "predict", f"--run={folder}", f"--input={table}", f"--output={tmp_path / 'o'}")
+  script("predict", f"--run={folder}", f"--input={table}", f"--output={tmp_path / 'o'}")
   second = [json.loads(line) for line in (tmp_path / "o").read_text().splitlines()]
   assert [a["label"] for a in first] == [a["label"] for a in second]
   for answer in first:
@@ -72,14 +62,14 @@ def test_a_row_that_cannot_be_read_stops_nothing(tiny, run, tmp_path):
   folder, _ = run
   rows = tmp_path / "rows.jsonl"
   rows.write_text('{"text": "good film"}\n{"text": 3\n{"text": "bad film"}\n')
-  out = script(tiny, "predict", f"--run={folder}", f"--input={rows}").stdout
+  out = script("predict", f"--run={folder}", f"--input={rows}").stdout
   answers = [json.loads(line) for line in out.splitlines()]
   assert ["error" in a for a in answers] == [False, True, False]
 
 
 def test_evaluate_on_the_same_rows_gives_the_same_numbers(tiny, run, tmp_path):
   folder, _ = run
-  out = json.loads(script(tiny, "evaluate", f"--run={folder}", f"--data={tiny.csv}").stdout)
+  out = json.loads(script("evaluate", f"--run={folder}", f"--data={tiny.csv}").stdout)
   assert out["n"] == 180
   low, high = out["interval"]["accuracy"]
   assert low <= out["metrics"]["accuracy"] <= high
@@ -87,10 +77,10 @@ def test_evaluate_on_the_same_rows_gives_the_same_numbers(tiny, run, tmp_path):
 
 def test_export_hf_is_bitwise_and_stablehlo_runs_without_ft(tiny, run, tmp_path):
   folder, _ = run
-  script(tiny, "export", f"--run={folder}", "--format=hf", f"--output={tmp_path / 'hf'}")
+  script("export", f"--run={folder}", "--format=hf", f"--output={tmp_path / 'hf'}")
   weights = [p / "model.safetensors" for p in (folder / "model", tmp_path / "hf")]
   assert weights[0].read_bytes() == weights[1].read_bytes()
-  script(tiny, "export", f"--run={folder}", "--format=stablehlo", f"--output={tmp_path / 's'}")
+  script("export", f"--run={folder}", "--format=stablehlo", f"--output={tmp_path / 's'}")
   program = jax.export.deserialize(bytearray((tmp_path / "s" / "model.stablehlo").read_bytes()))
   for batch, length in ((1, 5), (3, 9)):
     ids = np.full((batch, length), 5, np.int32)

@@ -197,4 +197,7 @@ def test_the_verdict_is_about_the_baseline_that_is_hardest_to_beat():
           "fine-tuned - c": {"difference": float("nan")}}
   assert overfit.headline(rows, "min")[0] == "b" and overfit.headline(rows, "max")[0] == "a"
   rows["fine-tuned - probe"] = {"difference": -9.0}
-  assert overfit.headline(rows, "min")[0] == "probe"
+  assert overfit.headline(rows, "min")[0] == "b"
+  rows["fine-tuned - teacher"] = {"difference": 9.0}
+  assert overfit.headline(rows, "min")[0] == "b"
+  assert overfit.headline({"fine-tuned - teacher": {"difference": 9.0}}, "min")[0] == "teacher"

@@ -1,14 +1,12 @@
 """Conversations: what carries loss, against transformers and peft; cuts, replies, a run."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import optax
 import pytest
+from commands import script
 from ml_collections import config_dict
 from tasks import chat_models
 from tasks.chat_models import TALK, WORDS, task
@@ -277,13 +275,6 @@ def test_loss_of_smollm2_is_that_of_transformers(shared):
 # ---- A run ----
 
 
-def script(*flags, given=""):
-  done = subprocess.run([sys.executable, *flags], cwd=ROOT, text=True, capture_output=True,
-                        input=given, env={**os.environ, "JAX_PLATFORMS": "cpu"})
-  assert done.returncode == 0, done.stderr[-3000:]
-  return done
-
-
 def test_a_run_learns_packed_and_replies(folder, tmp_path):
   rng = np.random.default_rng(0)
   rows = [[["USER", "a table for 2"], ["SYSTEM", "in which city"], ["USER", "Paris"],
@@ -305,7 +296,7 @@ def get_config():
   )
 """)
   out = tmp_path / "out"
-  log = script("scripts/train.py", f"--config={tmp_path / 'tiny.py'}", f"--workdir={out}").stderr
+  log = script("train", f"--config={tmp_path / 'tiny.py'}", f"--workdir={out}").stderr
   assert "first example: <b> <|im|> user a table for 2 <e> <|im|> assistant" in log
   assert "packing: " in log and "% full" in log
   card = json.loads((out / "card.json").read_text())
@@ -317,9 +308,9 @@ def get_config():
 
   asked = json.dumps({"turns": [["USER", "a table for 2"]]}) + "\nthanks\n"
   answers = [json.loads(line) for line in script(
-    "scripts/predict.py", f"--run={out}", given=asked).stdout.splitlines()]
+    "predict", f"--run={out}", given=asked).stdout.splitlines()]
   assert answers[0] == {"reply": "in which city"} and set(answers[1]) == {"reply"}
-  said = script("scripts/predict.py", f"--run={out}", "--chat", "--max_reply=12",
+  said = script("predict", f"--run={out}", "--chat", "--max_reply=12",
                 given="a table for 2\nParis\n/reset\na table for 2\n").stdout.splitlines()
   assert said[0] == said[2] == "in which city" and "Paris" in said[1]
 

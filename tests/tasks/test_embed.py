@@ -1,13 +1,12 @@
 """Embeddings: what rows become, search and similarity by hand, a run to its end."""
 
 import json
-import subprocess
-import sys
 import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import script
 from ml_collections import config_dict
 
 from ft import errors, models
@@ -204,7 +203,7 @@ def get_config():
   )
 """)
   out = tmp_path / "out"
-  script(tiny, "train", f"--config={tmp_path / 'embed.py'}", f"--workdir={out}")
+  script("train", f"--config={tmp_path / 'embed.py'}", f"--workdir={out}")
   card = json.loads((out / "card.json").read_text())
   rows = card["results"]["test"]
   assert set(rows) == {"zero-shot", "BM25", "fine-tuned"}
@@ -213,15 +212,8 @@ def get_config():
   assert {"low", "verdict"} & card["differences"]["test"]["fine-tuned - BM25"].keys()
   assert " | " in card["data"]["first_example"]
   (tmp_path / "rows.txt").write_text("good film\n")
-  said = script(tiny, "predict", f"--run={out}", f"--input={tmp_path / 'rows.txt'}").stdout
+  said = script("predict", f"--run={out}", f"--input={tmp_path / 'rows.txt'}").stdout
   vector = np.array(json.loads(said)["embedding"])
   assert vector.shape == (32,) and np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
   stated = json.loads((out / "model" / "1_Pooling" / "config.json").read_text())
   assert stated["pooling_mode_mean_tokens"]
-
-
-def script(tiny, name, *flags):
-  done = subprocess.run([sys.executable, f"scripts/{name}.py", *flags], cwd=ROOT, text=True,
-                        capture_output=True, timeout=300, env=tiny.environment())
-  assert done.returncode == 0, done.stderr[-3000:]
-  return done

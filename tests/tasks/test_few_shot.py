@@ -1,8 +1,6 @@
 """Few rows a label, and labels that are unknown: the loss by hand, a run of each to its end."""
 
 import json
-import subprocess
-import sys
 import types
 
 import jax
@@ -10,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from commands import script
 from ml_collections import config_dict
 
 from ft import errors, models, state
@@ -158,10 +157,7 @@ def get_config():
   )
 """)
   out = tmp_path / "out"
-  done = subprocess.run(
-    [sys.executable, "scripts/train.py", f"--config={tmp_path / 'run.py'}", f"--workdir={out}"],
-    cwd=ROOT, text=True, capture_output=True, timeout=300, env=tiny.environment())
-  assert done.returncode == 0, done.stderr[-3000:]
+  script("train", f"--config={tmp_path / 'run.py'}", f"--workdir={out}")
   card = json.loads((out / "card.json").read_text())
   test = card["results"]["test"]
   assert set(test) == {"majority", "probe", "fine-tuned"}

@@ -4,10 +4,7 @@ import datetime
 import functools
 import importlib.util
 import json
-import os
 import pathlib
-import subprocess
-import sys
 import tempfile
 import types
 
@@ -15,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import script
 from ml_collections import config_dict
 
 from ft import config as config_lib
@@ -421,14 +419,6 @@ def test_keys_that_do_not_fit(tmp_path, task, said):
 # ---- A run ---------------------------------------------------------------------------------------
 
 
-def script(folder, name, *flags, status=0):
-  done = subprocess.run([sys.executable, f"scripts/{name}.py", *flags], cwd=ROOT, text=True,
-                        capture_output=True, timeout=300, env={
-                          **os.environ, "JAX_PLATFORMS": "cpu", "FT_CACHE": str(folder / "cache")})
-  assert done.returncode == status, done.stderr[-3000:]
-  return done
-
-
 def test_a_run_from_file_to_forecast(tmp_path):
   export(zoo() / "ttm", "ttm")
   path = table(tmp_path / "a.csv", steps=240)
@@ -443,7 +433,7 @@ def get_config():
   )
 """)
   run = tmp_path / "run"
-  done = script(tmp_path, "train", f"--config={tmp_path / 'tiny.py'}", f"--workdir={run}")
+  done = script("train", f"--config={tmp_path / 'tiny.py'}", f"--workdir={run}")
   card = json.loads((run / "card.json").read_text())
   test = card["results"]["test"]
   assert set(test) == {"zero-shot", "ridge", "seasonal-naive", "last-value", "fine-tuned"}
@@ -453,9 +443,9 @@ def get_config():
   # The verdict is about the baseline that is hardest to beat.
   assert "over the ridge" in card["guards"]["overfit"]["words"] and "over the ridge" in done.stderr
   assert "Intervals of scores resample blocks" in (run / "card.html").read_text()
-  answer = json.loads(script(tmp_path, "predict", f"--run={run}", f"--input={path}").stdout)
+  answer = json.loads(script("predict", f"--run={run}", f"--input={path}").stdout)
   assert answer["times"][0] == "2020-01-11 00:00:00" and len(answer["forecast"]["a"]) == HORIZON
   assert answer["lower"]["a"][0] < answer["forecast"]["a"][0] < answer["upper"]["a"][0]
-  judged = json.loads(script(tmp_path, "evaluate", f"--run={run}", f"--data={path}").stdout)
+  judged = json.loads(script("evaluate", f"--run={run}", f"--data={path}").stdout)
   assert judged["n"] == len(range(CONTEXT, 240 - HORIZON + 1, 2))
   assert np.isfinite(judged["interval"]["mse"]).all()

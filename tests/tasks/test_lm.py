@@ -1,9 +1,6 @@
 """Causal language modelling: against transformers, exact sums, honest bytes, a run to its end."""
 
 import json
-import os
-import subprocess
-import sys
 import types
 
 import jax
@@ -12,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import tokenizers
+from commands import script
 from ml_collections import config_dict
 
 from ft import errors, losses, models, state, tune
@@ -338,16 +336,8 @@ def get_config():
     train=dict(batch=8, steps=20, eval_every=10, log_every=5, train_sample=8),
   )
 """)
-  script(folder, "train", f"--config={folder / 'tiny.py'}", f"--workdir={folder / 'out'}")
+  script("train", f"--config={folder / 'tiny.py'}", f"--workdir={folder / 'out'}")
   return folder
-
-
-def script(folder, name, *flags):
-  done = subprocess.run(
-    [sys.executable, f"scripts/{name}.py", *flags], cwd=ROOT, text=True, capture_output=True,
-    timeout=300, env={**os.environ, "JAX_PLATFORMS": "cpu", "FT_CACHE": str(folder / "cache")})
-  assert done.returncode == 0, done.stderr[-3000:]
-  return done
 
 
 def test_a_run_says_what_it_gained_and_what_it_cost_elsewhere(run):
@@ -386,14 +376,14 @@ def pretrained_nats(run) -> float:
 
 def test_prediction_gives_nats_by_row(run):
   (run / "rows.txt").write_text("the film is good\nslow plot\n\n")
-  out = script(run, "predict", f"--run={run / 'out'}", f"--input={run / 'rows.txt'}").stdout
+  out = script("predict", f"--run={run / 'out'}", f"--input={run / 'rows.txt'}").stdout
   answers = [json.loads(line) for line in out.splitlines()]
   assert [a.get("tokens") for a in answers] == [4, 2, None] and "error" in answers[2]
   assert all(a["nats_per_token"] > 0 for a in answers[:2])
 
 
 def test_evaluation_needs_no_labels(run):
-  out = json.loads(script(run, "evaluate", f"--run={run / 'out'}",
+  out = json.loads(script("evaluate", f"--run={run / 'out'}",
                           f"--data={run / 'general.txt'}").stdout)
   card = json.loads((run / "out" / "card.json").read_text())
   want = card["results"]["general"]["fine-tuned"]

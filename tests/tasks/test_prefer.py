@@ -1,15 +1,13 @@
 """Preferences: rows in every layout, both answers in one pass, the reference, runs, wrong input."""
 
 import json
-import os
-import subprocess
-import sys
 import types
 
 import jax
 import numpy as np
 import optax
 import pytest
+from commands import script
 from ml_collections import config_dict
 from tasks import chat_models
 from tasks.chat_models import WORDS
@@ -291,11 +289,7 @@ def run(tiny, out, *given, data="pairs"):
 
 def test_a_run_learns_what_is_preferred_and_scores_conversations(tiny, tmp_path):
   out = tmp_path / "out"
-  done = subprocess.run(
-    [sys.executable, "scripts/train.py", f"--config={tiny}", f"--workdir={out}",
-     "--config.train.export=true"], cwd=ROOT, text=True, capture_output=True,
-    env={**os.environ, "JAX_PLATFORMS": "cpu"})
-  assert done.returncode == 0, done.stderr[-3000:]
+  done = script("train", f"--config={tiny}", f"--workdir={out}", "--config.train.export=true")
   assert "⟦fine" in done.stderr and "⟦bye" in done.stderr
   assert "1 of " in done.stderr and "chosen and rejected are equal" in done.stderr
   card = json.loads((out / "card.json").read_text())
@@ -306,10 +300,7 @@ def test_a_run_learns_what_is_preferred_and_scores_conversations(tiny, tmp_path)
   assert tuned["margin"] > 0.05 and tuned["kl_to_reference"] > 0 and "margin" not in base
   assert not (out / evaluate.FEATURES).exists()  # kept until the run is finished, and no longer
   asked = json.dumps({"turns": [["user", "hi"], ["assistant", "fine"]]}) + "\n"
-  done = subprocess.run([sys.executable, "scripts/predict.py", f"--run={out}"], cwd=ROOT, text=True,
-                        capture_output=True, input=asked,
-                        env={**os.environ, "JAX_PLATFORMS": "cpu"})
-  assert json.loads(done.stdout)["tokens"] == 2, done.stderr[-2000:]
+  assert json.loads(script("predict", f"--run={out}", given=asked).stdout)["tokens"] == 2
 
 
 @pytest.mark.slow

@@ -1,15 +1,13 @@
 """Recommendation: ranks by brute force, losses by torch, padding and seen items never, a run."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import script
 from ml_collections import config_dict
 
 from ft import config as config_lib
@@ -283,11 +281,7 @@ def get_config():
   )
 """)
   run = tmp_path / "run"
-  done = subprocess.run(
-    [sys.executable, "scripts/train.py", f"--config={tmp_path / 'tiny.py'}", f"--workdir={run}"],
-    cwd=ROOT, capture_output=True, text=True, timeout=300, env={
-      **os.environ, "JAX_PLATFORMS": "cpu", "FT_CACHE": str(tmp_path / "cache")})
-  assert done.returncode == 0, done.stderr[-3000:]
+  done = script("train", f"--config={tmp_path / 'tiny.py'}", f"--workdir={run}")
   card = json.loads((run / "card.json").read_text())
   test = card["results"]["test"]
   assert set(test) == {"starting model", "popularity", "last-item kNN", "item-kNN", "fine-tuned"}

@@ -1,13 +1,12 @@
 """Regression: losses against torch, metrics against scikit-learn and scipy, a run to its end."""
 
 import json
-import subprocess
-import sys
 import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import script
 from ml_collections import config_dict
 from scipy import stats
 from sklearn import metrics
@@ -129,7 +128,7 @@ def get_config():
   )
 """)
   out = tmp_path / "out"
-  script("train", tiny, f"--config={tmp_path / 'regress.py'}", f"--workdir={out}")
+  script("train", f"--config={tmp_path / 'regress.py'}", f"--workdir={out}")
   card = json.loads((out / "card.json").read_text())
   rows = card["results"]["test"]
   assert set(rows) == {"mean", "probe", "fine-tuned"}
@@ -137,16 +136,9 @@ def get_config():
   assert card["differences"]["test"]["fine-tuned - mean"]["verdict"] == "gained"
   assert card["task"]["mode"] == "min"
   (tmp_path / "rows.txt").write_text("great great movie\npoor poor plot\n")
-  said = script("predict", tiny, f"--run={out}", f"--input={tmp_path / 'rows.txt'}").stdout
+  said = script("predict", f"--run={out}", f"--input={tmp_path / 'rows.txt'}").stdout
   high, low = (json.loads(line)["prediction"] for line in said.splitlines())
   assert high > 3 > low
-  said = script("evaluate", tiny, f"--run={out}", f"--data={tmp_path / 'a.csv'}").stdout
+  said = script("evaluate", f"--run={out}", f"--data={tmp_path / 'a.csv'}").stdout
   found = json.loads(said)
   assert found["n"] == 200 and found["metrics"]["mae"] < rows["mean"]["metrics"]["mae"]
-
-
-def script(name, tiny, *flags):
-  done = subprocess.run([sys.executable, f"scripts/{name}.py", *flags], cwd=ROOT, text=True,
-                        capture_output=True, timeout=300, env=tiny.environment())
-  assert done.returncode == 0, done.stderr[-3000:]
-  return done

@@ -1,14 +1,13 @@
 """Tagging: alignment against transformers, seqeval's numbers, a run to its end."""
 
 import json
-import subprocess
-import sys
 import types
 from importlib import metadata
 
 import jax
 import numpy as np
 import pytest
+from commands import script
 from ml_collections import config_dict
 
 from ft import errors, models, state
@@ -256,7 +255,7 @@ def get_config():
   )
 """)
   out = tmp_path / "out"
-  script(tiny, "train", f"--config={config}", f"--workdir={out}")
+  script("train", f"--config={config}", f"--workdir={out}")
   card = json.loads((out / "card.json").read_text())
   assert card["task"]["signatures"]["entity_f1"].startswith("seqeval ")
   tuned, usual = (card["results"]["test"][name] for name in ("fine-tuned", "majority tag"))
@@ -267,17 +266,10 @@ def get_config():
   assert row["verdict"] == "gained" and row["n"] == 24
   assert "tags of its words: " in card["data"]["first_example"]
   (tmp_path / "rows.txt").write_text("it was great movie\n\n")
-  said = script(tiny, "predict", f"--run={out}", f"--input={tmp_path / 'rows.txt'}").stdout
+  said = script("predict", f"--run={out}", f"--input={tmp_path / 'rows.txt'}").stdout
   answers = [json.loads(line) for line in said.splitlines()]
   assert len(answers[0]["labels"]) == 4 and answers[0]["labels"][2] == "B-GOOD"
   assert "error" in answers[1]
   test = write(tmp_path / "more.conll", sentences(20, 5))
-  found = json.loads(script(tiny, "evaluate", f"--run={out}", f"--data={test}").stdout)
+  found = json.loads(script("evaluate", f"--run={out}", f"--data={test}").stdout)
   assert found["n"] == 20 and found["metrics"]["entity_f1"] > usual["metrics"]["entity_f1"]
-
-
-def script(tiny, name, *flags):
-  done = subprocess.run([sys.executable, f"scripts/{name}.py", *flags], cwd=ROOT, text=True,
-                        capture_output=True, timeout=300, env=tiny.environment())
-  assert done.returncode == 0, done.stderr[-3000:]
-  return done

@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+from commands import script
 from tune import toys
 
 from ft import config as config_lib
@@ -148,13 +147,6 @@ def test_a_changed_file_fails_the_run(base, tmp_path, monkeypatch):
   assert list(tmp_path.iterdir()) == []
 
 
-def script(tiny, name, *flags, status=0):
-  done = subprocess.run([sys.executable, f"scripts/{name}.py", *map(str, flags)],
-                        env=tiny.environment(), capture_output=True, text=True, timeout=300)
-  assert done.returncode == status, done.stderr[-3000:]
-  return done
-
-
 def test_a_run_that_plain_weights_cannot_compute(tiny, tmp_path):
   """Its adapter/ alone evaluates and predicts as the run did, and exports where PEFT has it."""
   run = tmp_path / "run"
@@ -163,13 +155,13 @@ def test_a_run_that_plain_weights_cannot_compute(tiny, tmp_path):
   assert not (run / "model").exists() and (run / "adapter" / "ft_adapter.safetensors").is_file()
   rows = tmp_path / "rows.csv"
   rows.write_text("text\na great warm film\ndull and grim plot\n")
-  answers = script(tiny, "predict", f"--run={run}", f"--input={rows}").stdout.splitlines()
+  answers = script("predict", f"--run={run}", f"--input={rows}").stdout.splitlines()
   assert len(answers) == 2 and all("label" in json.loads(line) for line in answers)
-  measured = json.loads(script(tiny, "evaluate", f"--run={run}", f"--data={tiny.csv}").stdout)
+  measured = json.loads(script("evaluate", f"--run={run}", f"--data={tiny.csv}").stdout)
   assert measured["n"] == 180
-  failed = script(tiny, "export", f"--run={run}", "--format=merged",
+  failed = script("export", f"--run={run}", "--format=merged",
                   f"--output={tmp_path / 'hf'}", status=2)
   assert "--format=peft writes it" in failed.stderr
-  script(tiny, "export", f"--run={run}", "--format=peft", f"--output={tmp_path / 'peft'}")
+  script("export", f"--run={run}", "--format=peft", f"--output={tmp_path / 'peft'}")
   conf = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
   assert conf["peft_type"] == "PROMPT_TUNING" and conf["task_type"] == "SEQ_CLS"
