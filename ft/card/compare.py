@@ -30,7 +30,7 @@ def page(runs):
                         for i, (run, record) in enumerate(runs)]), cls="soft"))
   body = [h("section", h("h2", text, id=f"{key}-title"), content, id=key,
             aria_labelledby=f"{key}-title") for key, text, content in sections]
-  return el.document(title, join([head, h("main", body), el.footer(runs[0][1])]))
+  return el.document(title, join([head, h("main", body), el.footer(runs[0][1])]), "verdict")
 
 
 def _compared_guards(runs):

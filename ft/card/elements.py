@@ -12,8 +12,8 @@ TONE = {"gained": "good", "ok": "good", "did not gain": "warn", "warning": "warn
         "alarm": "bad"}
 
 
-def document(title, body):
-  """The whole HTML document (str) around a body."""
+def document(title, body, skip=None):
+  """The whole HTML document (str) around a body; `skip` is the id that its first link leads to."""
   policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'"
   head = h("head", h("meta", charset="utf-8"),
            h("meta", name="viewport", content="width=device-width, initial-scale=1"),
@@ -21,7 +21,7 @@ def document(title, body):
            h("meta", http_equiv="Content-Security-Policy", content=policy),
            h("meta", name="color-scheme", content="light dark"),
            h("title", title), h("style", Markup(STYLE)))
-  skip = h("a", "Skip to the verdict", href="#verdict", cls="skip")
+  skip = h("a", f"Skip to the {skip}", href=f"#{skip}", cls="skip") if skip else None
   return "<!doctype html>\n" + h("html", head, h("body", skip, body), lang="en") + "\n"
 
 

@@ -30,7 +30,7 @@ def page(record):
   top = verdict.section(record, [key for key, *_ in sections])
   body = [_section(record, *section) for section in sections]
   return el.document(record["title"], join([
-      _header(record), h("main", top, _contents(sections), body), el.footer(record)]))
+      _header(record), h("main", top, _contents(sections), body), el.footer(record)]), "verdict")
 
 
 def _section(record, key, title, build):
