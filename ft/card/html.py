@@ -38,7 +38,7 @@ def _section(record, key, title, build):
   found = verdict.sections_of_guards(record).get(key)
   guard = (record.get("guards") or {}).get(key) or {}
   content = _built(record, key, build)
-  if not content:
+  if not content or guard and not guard.get("numbers"):  # Then its words are all there is.
     said = guard.get("words") or "Not recorded in this run."
     return h("section", h("h2", title, id=f"{key}-title"), h("p", said, cls="none"), id=key,
              aria_labelledby=f"{key}-title", cls="empty")

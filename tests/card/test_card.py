@@ -206,9 +206,12 @@ def test_headings_are_in_order_and_every_link_leads_somewhere():
 
 
 def test_results_and_what_a_guard_raised_start_unfolded():
-  text = page(fake_runs.risks())
+  record = fake_runs.risks()
+  record["guards"]["cost"] |= {"verdict": "warning"}
+  text = page(record)
   unfolded = re.findall(r'<details open=""><summary><h2 id="([a-z]+)-title"', text)
-  assert unfolded == ["results", "learning"]
+  assert unfolded == ["results", "learning", "cost"]  # Where overfit's evidence is, and cost's.
+  assert '<details><summary><h2 id="errors-title"' in text
   assert '<a href="#learning"><bdi>overfit</bdi></a>' in text
   assert "1 alarm</b> (leak), <b " in text and "3 warnings</b> (drift, labels, overfit)" in text
 
