@@ -119,22 +119,6 @@ def reliability(tables, label):
   return _svg(height, label, parts)
 
 
-def _legend(series):
-  """([(x, y) of each curve's key], height of the lines after the first): keys wrap."""
-  places, x, y = [], _LEFT, 0
-  for name, *_ in series:
-    width = 34 + 6.2 * min(len(name), _KEY)
-    if places and x + width > WIDTH:
-      x, y = _LEFT, y + 16
-    places.append((x, y))
-    x += width
-  return places, y
-
-
-def _clip(name, most):
-  return name if len(name) <= most else name[:most - 1] + "…"
-
-
 def span(values, room=0.06):
   """(low, high) that hold all values with some room, never equal."""
   low, high = min(values), max(values)
@@ -174,3 +158,19 @@ def _tick(value, metric):
 
 def _r(value):
   return round(value, 1)
+
+
+def _legend(series):
+  """([(x, y) of each curve's key], height of the lines after the first): keys wrap."""
+  places, x, y = [], _LEFT, 0
+  for name, *_ in series:
+    width = 34 + 6.2 * min(len(name), _KEY)
+    if places and x + width > WIDTH:
+      x, y = _LEFT, y + 16
+    places.append((x, y))
+    x += width
+  return places, y
+
+
+def _clip(name, most):
+  return name if len(name) <= most else name[:most - 1] + "…"
