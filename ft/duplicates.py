@@ -18,7 +18,7 @@ from ft.data import image, sources, splits
 
 SHINGLE = 4  # characters
 CHARACTERS = 2000  # of a text that are compared
-_BANDS, _ROWS = 32, 4  # of 128 hashes: texts of Jaccard .6 meet with probability .99, of .2 with .05
+_BANDS, _ROWS = 32, 4  # texts of Jaccard .6 meet with probability .99, those of .2 with .05
 _SHINGLES = 3_000_000  # kept in all; of more, the same share of each text, by their hash
 _CROWD = 200  # texts of one band that a text is compared with
 _BLOCK = 1024, 8192  # queries, references
