@@ -55,11 +55,10 @@ class Pairs:
 
 def text(row: dict) -> str | None:
   """Returns what a model reads of a row of text, and None where it reads none."""
-  parts = [_flat(row[role]) for role in ("text", "text_b", "words", "turns", "prompt")
-           if row.get(role)]
-  if not parts:  # of preferences without a prompt, both are whole conversations
-    parts = [_flat(row[role]) for role in ("chosen", "completion") if row.get(role)]
-  return " ".join(parts) if parts else None
+  parts = [_flat(row.get(role)) for role in ("text", "text_b", "words", "turns", "prompt")]
+  if not any(parts):  # of preferences without a prompt, both are whole conversations
+    parts = [_flat(row.get(role)) for role in ("chosen", "completion")]
+  return " ".join(filter(None, parts)) or None
 
 
 def excerpt(row: dict) -> str:

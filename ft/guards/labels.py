@@ -16,7 +16,8 @@ KEYS = {
     "rows": (20000, "most training rows that are judged; a sample where there are more",
              (100, None)),
     "listed": (50, "likely wrong labels listed of each split, the surest first", (0, 1000)),
-    "warning": (0.05, "share of wrong training labels, surely above which is a warning", (0.0, 1.0)),
+    "warning": (0.05, "share of wrong training labels, surely above which is a warning",
+                (0.0, 1.0)),
     "alarm": (0.15, "share of wrong training labels, surely above which is an alarm", (0.0, 1.0)),
 }
 

@@ -270,8 +270,9 @@ def _between(numbers, split, parts, found):
   part, train = parts[split], parts["train"]
   for method in (*found, ANY):
     hit = _leaked(found, split, len(part.index), method)
-    of = [found[method]] if method != ANY else list(found.values())
-    nearest = np.max([entry[split][0] for entry in of], axis=0)
+    nearest = np.full(len(part.index), -1)  # by the first finder that has one
+    for entry in [found[method]] if method != ANY else found.values():
+      nearest = np.where(nearest >= 0, nearest, entry[split][0])
     same = None
     if part.label is not None and train.label is not None and hit.any():
       same = float(np.mean([part.label[i] == train.label[nearest[i]]
