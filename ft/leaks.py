@@ -77,9 +77,10 @@ def columns(rows: dict) -> list[dict]:
     [{"column", "n", "accuracy", "interval", "majority": accuracy without it}], the best first.
   """
   train, test = rows.get("train"), rows.get("test")
-  named = getattr(train, "attributes", ()) if test is not None else ()
+  named = [name for name in getattr(train, "attributes", ())
+           if name in getattr(test, "attributes", ())]
   if not named:
-    raise guards.Missing("no columns are named in data.attributes")
+    raise guards.Missing("no columns that train and test have are named in data.attributes")
   if train.classes is None or test.classes is None:
     raise guards.Missing("rows have no single class that a column could give away")
   known, asked = (_sample(len(part)) for part in (train, test))

@@ -363,7 +363,7 @@ def _judge(config, numbers):
     words.append(f"a classifier tells train from {row['split']} rows by their {row['of']} with "
                  f"AUROC {row['auroc']:.2f} [{row['auroc_interval'][0]:.2f}, "
                  f"{row['auroc_interval'][1]:.2f}] (.5: alike; n = {row['n']:,} of each)")
-    if row["auroc_matched"] is not None and "warning" in verdicts + ["alarm"]:
+    if row["auroc_matched"] is not None and verdicts != ["ok"] * len(verdicts):
       words[-1] += f", {row['auroc_matched']:.2f} at equal class shares"
   if of["levels"]:
     row = of["levels"]

@@ -45,7 +45,7 @@ _STRAY = 0.001  # share of random pairs that may be as close as near-duplicates
 _LATER = 0.05  # share of train that may be later than the median of test
 _RESAMPLES = 500
 LONG = {"exact": "exact", "embedding": "embedding", "minhash": "MinHash",
-        "picture": "perceptual hash", "windows": "overlapping windows", ANY: "any of these"}
+        "picture": "perceptual hash", "windows": "windows of time", ANY: "any of these"}
 
 
 @dataclasses.dataclass
