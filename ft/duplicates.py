@@ -13,7 +13,7 @@ import unicodedata
 
 import numpy as np
 
-from ft import errors
+from ft import errors, thumbnails
 from ft.data import image, sources, splits
 
 SHINGLE = 4  # characters
@@ -125,6 +125,21 @@ def picture(source) -> np.ndarray:
     opened, _ = image.decode(source, limit, near=2 * _SIDE)
   small = opened.convert("L").resize((_SIDE, _SIDE), PIL.Image.Resampling.BOX)
   return np.asarray(small, np.float32)
+
+
+def thumbnail(row: dict) -> str:
+  """Returns a row's image as a data URI for people to recognise it by; "" without one."""
+  source = row.get("image")
+  if source is None:
+    return ""
+  try:
+    if isinstance(source, np.ndarray):
+      opened, _ = image.decode_array(source, image.KEYS["max_pixels"][0])
+    else:
+      opened, _ = image.decode(source, image.KEYS["max_pixels"][0], near=thumbnails.SIDE)
+  except errors.RowError:
+    return ""
+  return thumbnails.uri(np.asarray(opened))
 
 
 def pictures(values) -> np.ndarray:

@@ -24,6 +24,7 @@ KEYS = {
 FOLDS = 5
 FEWEST = 30  # Below this many rows a share of wrong labels is mostly noise.
 PENALTY, STEPS = 0.3, 20  # of the probe, whose features have a mean square length of 1
+_PICTURES = 15  # of rows of a split that are shown
 _APART = 0.02  # how much less it may be right on test before test counts as unlike train
 _WEAK = 0.8  # share of rows that the probe is right on, below which hard rows look wrong too
 
@@ -41,7 +42,8 @@ def measure(config, evidence):
       wrong, accuracy the probe's.
     pairs: [{"split", "given", "suggested", "rows"}], the most frequent of train first.
     issues: [{"split", "row", "place", "given", "suggested", "confidence", "given_confidence",
-      "text"}], the surest first; row counts from 0 within the split.
+      "text", "picture": of the first ones, a data URI}], the surest first; row counts from 0
+      within the split.
   """
   missing = _missing(evidence)
   if missing:
@@ -171,14 +173,16 @@ def _account(numbers, split, index, given, probs, thresholds, names, rows, liste
   numbers["pairs"] += [{"split": split, "given": names[i], "suggested": names[j], "rows": int(n)}
                        for (i, j), n in zip(cells, counts, strict=True)]
   margin = probs[wrong, suggested[wrong]] - probs[wrong, given[wrong]]
-  for at in wrong[np.argsort(-margin, kind="stable")][:listed]:
+  for count, at in enumerate(wrong[np.argsort(-margin, kind="stable")][:listed]):
     row = int(index[at])
+    shown = rows is not None and count < _PICTURES
     numbers["issues"].append({
         "split": split, "row": row, "place": rows.where(row) if rows is not None else "",
         "given": names[given[at]], "suggested": names[suggested[at]],
         "confidence": float(probs[at, suggested[at]]),
         "given_confidence": float(probs[at, given[at]]),
-        "text": duplicates.excerpt(rows[row]) if rows is not None else ""})
+        "text": duplicates.excerpt(rows[row]) if rows is not None else "",
+        "picture": duplicates.thumbnail(rows[row]) if shown else ""})
 
 
 def _missing(evidence):

@@ -80,8 +80,9 @@ def measure(config, evidence):
       "hi"}, "inflation": all less clean, better is positive}], of the tuned model and the probe;
       a half below 30 rows has no value.
     groups, times, columns: see ft/leaks.py.
-    examples: [{"split", "method", "similarity", "place", "text", "label", "train_place",
-      "train_text", "train_label"}] of test, else of another split.
+    examples: [{"split", "method", "similarity", "place", "text", "picture": a data URI or "",
+      "label", "train_place", "train_text", "train_picture", "train_label"}] of test, else of
+      another split.
     settings: the thresholds, and whether the features were "raw" or "centred".
     missing: [{"part", "reason"}], what was not measured.
   """
@@ -369,7 +370,8 @@ def _row(evidence, parts, split, at, prefix):
   part, i = parts[split], int(parts[split].index[at])
   label = None if part.label is None else str(part.label[at])
   return {f"{prefix}place": evidence.rows[split].where(i), f"{prefix}label": label,
-          f"{prefix}text": duplicates.excerpt({"text": part.texts[at] or ""})}
+          f"{prefix}text": duplicates.excerpt({"text": part.texts[at] or ""}),
+          f"{prefix}picture": duplicates.thumbnail(evidence.rows[split][i])}
 
 
 def _sample(size, most):

@@ -31,7 +31,7 @@ def _explained(numbers):
           f"rows (confident learning). The likelihoods come from a {numbers['probe']}, on the "
           "features of the model before tuning; for train it is made of "
           f"{numbers['folds']} folds, each judged by the others. It is right on {right} % "
-          f"[{lo}, {hi}] of {numbers['n']:,} rows and can itself be wrong: look before you relabel.")
+          f"[{lo}, {hi}] of {numbers['n']:,} rows, and can be wrong: look before you relabel.")
   rare = numbers.get("rare") or {}
   if rare:
     text += (f" Left out: {sum(rare.values()):,} rows of {len(rare):,} classes with fewer than "
@@ -73,11 +73,19 @@ def _rows(split, rows, flagged):
   if not rows:
     return None
   shown = rows[:_MOST]
+  seen = any(row.get("picture") for row in shown)
   body = [[name((row["place"] or f"row {row['row']}").rsplit("/", 1)[-1]),
-           (name(row["text"] or "–"), "long"), name(row["given"]), name(row["suggested"]),
+           _look(row) if seen else (name(row["text"] or "–"), "long"),
+           name(row["given"]), name(row["suggested"]),
            (words.number(row["confidence"], _SHARE), "n"),
            (words.number(row["given_confidence"], _SHARE), "n")] for row in shown]
   table = el.table(f"Labels of {split} that look wrong, the surest first",
-                   ["row", "says", "labelled", "looks like", ("sure, %", "n"),
+                   ["row", "", "labelled", "looks like", ("sure, %", "n"),
                     ("of its label, %", "n")], body, "stack")
   return el.details(f"{split}: {len(shown):,} of {flagged:,} rows to look at", table)
+
+
+def _look(row):
+  if not row.get("picture"):
+    return "–"
+  return h("img", src=row["picture"], alt=f"labelled {row['given']}", width=72)

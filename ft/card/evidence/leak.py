@@ -95,7 +95,8 @@ def _examples(rows):
            _place(row, "train_"), (f"{row['similarity']:.2f}", "n"), leak.LONG[row["method"]]]
           for row in rows]
   table = el.table("A few of the pairs, from close to barely alike",
-                   ["row", "says", "in train", "row", ("alike", "n"), "found by"], body)
+                   ["row", "", "in train", "row", ("alike", "n"), "found by"], body,
+                   "stack")
   return el.details(f"Pairs to look at ({len(rows)})", table)
 
 
@@ -105,8 +106,10 @@ def _place(row, prefix):
 
 
 def _text(row, prefix):
-  label = row.get(f"{prefix}label")
+  label, picture = row.get(f"{prefix}label"), row.get(f"{prefix}picture")
   shown = name(row.get(f"{prefix}text") or "–")
+  if picture:
+    shown = h("img", src=picture, alt=row.get(f"{prefix}place") or "", width=72)
   return join([shown, h("small", [" (", name(label), ")"]) if label is not None else None])
 
 
