@@ -20,7 +20,7 @@ from ft import averaging, evaluate, mesh, passes, state, tune
 from ft import run as runs
 from ft.weights import stacking
 
-_LAYER = re.compile(r"^(.*?(?:^|/)(?:layer|block|stage|level)_\d+)(?:/|$)")
+_LAYER = re.compile(r"^(.*(?:^|/)(?:layer|block|stage|level)_\d+)(?:/|$)")
 
 
 @dataclasses.dataclass(frozen=True)

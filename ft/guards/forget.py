@@ -175,13 +175,14 @@ def _divergence(config, context, asker, found):
   if fresh and kind == "divergence":
     raise guards.Missing("divergence: the head is new, so the pretrained model has no answer of "
                          "its own")
-  examples = loaders.take(context.examples["validation"], _limit(config, context) // 2, 0)
+  most = max(FEWEST, _limit(config, context) // 4)  # row by row, and longer than general texts
+  examples = loaders.take(context.examples["validation"], most, 0)
   if len(examples) < FEWEST:
     raise guards.Missing(f"divergence: validation has {len(examples)} rows, fewer than {FEWEST}")
   made = asker.apart(getattr(task, kind), examples, _size(run), _buckets(run))
   total, weight = np.asarray(made["total"], np.float64), np.asarray(made["weight"], np.float64)
   lo, hi = stats.bootstrap_metric(lambda t, w: t.sum() / max(w.sum(), 1e-12), (total, weight))
-  unit = "of the features' size" if kind == "drift" else (
+  unit = "of their squared length" if kind == "drift" else (
     "nats a token" if isinstance(task, lm.Task) else "nats a row")
   if run.config.task.name == "forecast":
     unit = "half a squared standard deviation a value"

@@ -19,15 +19,39 @@ def section(numbers, record):
             for phase, seconds in sorted(phases.items(), key=lambda item: -item[1])]
     rows.append((["in all", (cost.duration(total), "n"), ("", "n")], "tuned"))
     parts.append(el.table("Wall time by phase", ["phase", ("time", "n"), ("share", "n")], rows))
-  parts.append(el.facts([(label, form(numbers[key])) for key, label, form in _COSTS
-                       if words.finite(numbers.get(key))]))
+  parts.append(_beside(numbers.get("beside") or []))
+  facts = [(label, form(numbers[key])) for key, label, form in _COSTS
+           if words.finite(numbers.get(key))]
+  if numbers.get("flops_by"):
+    facts.append(("counted by", numbers["flops_by"]))
+  if energy := numbers.get("energy"):
+    kind = "energy" if energy["measured"] else "energy, an estimate"
+    facts += [(kind, cost.watt_hours(energy["joules"])), ("energy by", energy["source"])]
+  parts.append(el.facts(facts))
   return join(parts)
+
+
+def _beside(found):
+  """What fine-tuning cost and reached beside what needs none."""
+  if not found:
+    return None
+  metric = found[0]["metric"]
+  rows = [([words.row_name(row["name"]), (words.number(row["value"], metric), "n"),
+            (cost.duration(row["seconds"]) if words.finite(row["seconds"]) else "–", "n"),
+            (row["what"], "long")], "tuned" if row["name"] == "fine-tuned" else None)
+          for row in found]
+  return el.table(f"What each reached on test, n = {found[0]['n']:,}, and took",
+                  ["", (words.unit(metric), "n"), ("time", "n"), "for"], rows)
 
 
 _COSTS = (
     ("examples", "training examples seen", "{:,}".format),
     ("steps", "training steps", "{:,}".format),
     ("examples_per_second", "examples per second", "{:.1f}".format),
+    ("tokens", "training tokens seen, without padding", "{:,}".format),
+    ("tokens_per_second", "tokens per second", "{:,.0f}".format),
+    ("flops", "operations of training", cost.operations),
+    ("utilisation", "share of the device's peak", cost.percent),
     ("compile_seconds", "compilation", cost.duration),
     ("data_wait_share", "waiting for data", lambda share: f"{100 * share:.1f} % of the loop"),
     ("peak_host_bytes", "peak host memory", cost.size),
