@@ -27,6 +27,8 @@ from ft import compute, guards
 KEYS = {
     "on": (True, "report time, memory and storage"),
     "wait": (0.2, "share of the loop spent waiting for data that counts as a warning", (0.0, 1.0)),
+    "scratch": (False, "train the same model from random weights too, for as many steps, and say "
+                "what pretraining saved: as much time again"),
     "core_watts": (10.0, "watts assumed for a busy CPU core where no counter can be read",
                    (0.0, None)),
     "device_watts": (0.0, "watts assumed for an accelerator where no counter can be read; 0: those "

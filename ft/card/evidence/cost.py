@@ -2,8 +2,8 @@
 
 from ft.card import elements as el
 from ft.card import words
-from ft.card.markup import join, name
-from ft.guards import cost
+from ft.card.markup import h, join, name
+from ft.guards import cost, overfit
 
 TITLE = "Cost"
 
@@ -19,7 +19,7 @@ def section(numbers, record):
             for phase, seconds in sorted(phases.items(), key=lambda item: -item[1])]
     rows.append((["in all", (cost.duration(total), "n"), ("", "n")], "tuned"))
     parts.append(el.table("Wall time by phase", ["phase", ("time", "n"), ("share", "n")], rows))
-  parts.append(_beside(numbers.get("beside") or []))
+  parts += [_beside(numbers.get("beside") or []), _scratch(numbers.get("scratch"))]
   facts = [(label, form(numbers[key])) for key, label, form in _COSTS
            if words.finite(numbers.get(key))]
   if numbers.get("flops_by"):
@@ -42,6 +42,25 @@ def _beside(found):
           for row in found]
   return el.table(f"What each reached on test, n = {found[0]['n']:,}, and took",
                   ["", (words.unit(metric), "n"), ("time", "n"), "for"], rows)
+
+
+def _scratch(found):
+  """What the same training reached from random weights."""
+  if not found:
+    return None
+  metric = found["metric"]
+  at = found.get("reached_at")
+  facts = [(f"{words.unit(metric)} on test, n = {found['n']:,}",
+            f"{words.number(found['value'], metric)} {words.interval(found['interval'], metric)}"),
+           ("training", cost.duration(found["seconds"])),
+           ("from pretrained weights as good on validation",
+            f"by step {at:,} of {found['steps']:,}" if at is not None else "never")]
+  if "difference" in found:
+    row = {key: found[key] for key in ("difference", "lo", "hi")}
+    facts.insert(1, ("pretrained minus random weights", overfit.signed(row, metric)))
+  return join([h("h3", "The same training from random weights"),
+               h("p", "Same model, steps and rates, which were chosen for pretrained weights.",
+                 cls="soft"), el.facts(facts)])
 
 
 _COSTS = (
