@@ -124,14 +124,28 @@ def _plain(frozen, trainable):
 
 
 def pretrained(run, tuned: dict) -> tuple[dict, frozenset]:
-  """Reads the checkpoint again: (path -> array, paths that it does not give)."""
-  again = models.load_config(
-    run.config.model, run.task.model_args, jax.random.PRNGKey(run.config.seed),
-    sharding=functools.partial(mesh.shard, run.mesh))
-  base = tune.flatten(again.variables)
-  fresh = {path if path in tuned else stacking.split(path)[0] for path in again.report.initialised}
+  """Reads the checkpoint again: (path -> array, paths that it does not give).
+
+  Raises:
+    UserError: a leaf of `tuned` has no counterpart to be mixed with.
+  """
+  base = read_again(run)
   for path, leaf in tuned.items():
     if path not in base or base[path].shape != np.shape(leaf):
       raise errors.UserError(f"average.wise: {path} has no pretrained counterpart of its shape "
                              f"with tune.method={run.config.tune.method}; leave it at ()")
-  return base, frozenset(fresh)
+  return base, fresh(run, tuned)
+
+
+def read_again(run) -> dict:
+  """Returns the variables that the run started from, path -> array, read from the checkpoint."""
+  again = models.load_config(
+    run.config.model, run.task.model_args, jax.random.PRNGKey(run.config.seed),
+    sharding=functools.partial(mesh.shard, run.mesh))
+  return tune.flatten(again.variables)
+
+
+def fresh(run, paths) -> frozenset:
+  """Returns which paths of variables no checkpoint gave, such as those of a new head."""
+  return frozenset(path if path in paths else stacking.split(path)[0]
+                   for path in run.pretrained.report.initialised)

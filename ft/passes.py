@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 
 _LAYER = re.compile(r"layer_(\d+)")
+_PART = re.compile(r"(layer|block|stage|level)_\d+")
 
 
 class Once:
@@ -36,6 +37,16 @@ class Once:
 def layers_of(call: Callable) -> tuple[Any, dict]:
   """Returns what a call of a model gives, and what each of its layers gave: number -> (B, T, D).
 
+  See `parts_of`.
+  """
+  outputs, seen = parts_of(call)
+  found = {path: _LAYER.fullmatch(path.rpartition("/")[2]) for path in seen}
+  return outputs, {int(found[path][1]): made for path, made in seen.items() if found[path]}
+
+
+def parts_of(call: Callable) -> tuple[Any, dict]:
+  """Returns what a call of a model gives, and what its layers, blocks and stages gave, by path.
+
   Layers have to be unrolled, and not be computed again in the backward pass (model.scan=False,
   model.remat=none): what is inside of such a loop cannot be looked at from outside.
   """
@@ -43,9 +54,8 @@ def layers_of(call: Callable) -> tuple[Any, dict]:
 
   def look(call, args, kwargs, context):
     outputs = call(*args, **kwargs)
-    found = _LAYER.fullmatch(context.module.name or "")
-    if found and context.method_name == "__call__":
-      seen[int(found[1])] = outputs
+    if _PART.fullmatch(context.module.name or "") and context.method_name == "__call__":
+      seen["/".join(context.module.path)] = outputs
     return outputs
 
   with nn.intercept_methods(look):

@@ -187,6 +187,9 @@ def describe_cost(run, tuned, host: dict) -> dict:
     "checkpoint_bytes": newest or None,
     "devices": jax.device_count(),
     "peak_bytes": logs.peak_memory().get("device"),
+    "platform": jax.default_backend(),
+    "device_kind": jax.devices()[0].device_kind,
+    "used": run.meter.read(),
   }
 
 

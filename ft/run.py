@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 from absl import logging
 
-from ft import errors, evaluate, logs, mesh, models, state, tune
+from ft import compute, errors, evaluate, logs, mesh, models, state, tune
 from ft.data import loader as loaders
 from ft.data import sources
 
@@ -35,6 +35,7 @@ class Run:
   poll: Callable
   started: float = dataclasses.field(default_factory=time.monotonic)
   seconds: dict = dataclasses.field(default_factory=dict)  # phase -> wall seconds
+  meter: compute.Meter = dataclasses.field(default_factory=compute.Meter)
 
   def place(self, batch: dict) -> dict:
     return mesh.place_batch(batch, mesh.batch_sharding(self.mesh))
@@ -48,7 +49,7 @@ class Run:
 
 def prepare(config, folder, poll) -> tuple[Run, dict]:
   """Reads the data, preprocesses it, and loads the model for the task."""
-  started = time.monotonic()
+  started, meter = time.monotonic(), compute.Meter()
   grid = mesh.make(config.mesh)
   mesh.check_batch(grid, config.train.batch, config.train.accumulate)
   info = models.inspect(config.model.source, config.model.family)
@@ -80,7 +81,8 @@ def prepare(config, folder, poll) -> tuple[Run, dict]:
     config.model, task.model_args, jax.random.PRNGKey(config.seed),
     sharding=functools.partial(mesh.shard, grid),
   )
-  run = Run(config, folder, grid, data, task, preprocess, pretrained, first, poll, started)
+  run = Run(config, folder, grid, data, task, preprocess, pretrained, first, poll, started,
+            meter=meter)
   run.lap("data and model")
   return run, examples
 

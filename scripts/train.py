@@ -17,13 +17,15 @@ flags.DEFINE_string("workdir", "", "folder of the run, made if absent; a run in 
 
 
 def main(_):
-  from ft import compilation, errors, train
+  from ft import compilation, control, errors, train
 
   if not flags.FLAGS.workdir:
     raise errors.UserError("--workdir=DIR is missing: the folder that will hold the run")
   config = cli.config()
   compilation.cache()
   train.train(config, flags.FLAGS.workdir, "python " + shlex.join(sys.argv))
+  if config.guard.cost.scratch:
+    control.from_scratch(config, flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":

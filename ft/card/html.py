@@ -23,10 +23,10 @@ def page(record):
   sections = [("results", "Results", results.section),
               ("learning", "Learning curves", _learning), ("errors", "Where it errs", _errors),
               ("samples", "Samples", _samples),
-              ("calibration", "Calibration", _calibration), *evidence.sections(),
+              *evidence.sections(),
               ("data", "Data", _data),
               ("trained", "What was trained", _trained), ("loading", "What was loaded", _loading),
-              ("cost", "Cost", _cost), ("reproduce", "Reproduce", _reproduce)]
+              ("reproduce", "Reproduce", _reproduce)]
   top = verdict.section(record, [key for key, *_ in sections])
   body = [_section(record, *section) for section in sections]
   return el.document(record["title"], join([
@@ -82,7 +82,7 @@ def _samples(record):
   return join(parts) if parts else None
 
 
-# ---- Learning, errors, calibration ---------------------------------------------------------------
+# ---- Learning, errors ----------------------------------------------------------------------------
 
 
 def _learning(record):
@@ -191,48 +191,7 @@ def _recalls(labels, matrix, most=10):
                   ["label", ("recall", "n"), ("95 %", "n"), ("rows", "n")], body)
 
 
-def _calibration(record):
-  found = record.get("calibration") or {}
-  if not found:
-    guard = (record.get("guards") or {}).get("calibrate") or {}
-    found = guard.get("numbers") or {}
-    if not found:
-      return h("p", guard["words"], cls="none") if guard.get("words") else None
-  kinds = [(label, found[key], cls) for label, key, cls in
-           (("as trained", "before", "two"), ("after temperature", "after", "one"))
-           if found.get(key)]
-  if not kinds:
-    return None
-  tables = [(label, kind["reliability"], cls) for label, kind, cls in kinds
-            if kind.get("reliability")]
-  said = "; ".join(f"{label}: calibration error {words.number(kind.get('ece'), 'accuracy')} points"
-                   for label, kind, _ in kinds)
-  parts = []
-  if tables:
-    caption = [h("b", "Accuracy, %"), " by confidence on test; on the dashed line the two agree"]
-    parts.append(h("div", el.figure(caption, charts.reliability(tables, f"Reliability. {said}")),
-                   cls="figures"))
-  rows = [[label, *[(words.number(kind.get(key), unit), "n") for key, unit in
-                    (("ece", "accuracy"), ("ece_equal_mass", "accuracy"), ("log_loss", ""),
-                     ("brier", ""))]] for label, kind, _ in kinds]
-  temperature = found.get("temperature")
-  caption = "Calibration on test" + (f"; temperature {temperature:.3f}, fitted on validation"
-                                     if words.finite(temperature) else "")
-  parts.append(el.table(caption, ["", ("ECE, points", "n"), ("ECE, equal mass", "n"),
-                                  ("log-loss", "n"), ("Brier", "n")], rows))
-  if tables:
-    parts.append(el.details("Bins of the plot", [_bins(*table[:2]) for table in tables]))
-  return join(parts)
-
-
-def _bins(label, table):
-  rows = [[(words.number(c, "accuracy"), "n"), (words.number(a, "accuracy"), "n"), (f"{n:,}", "n")]
-          for c, a, n in zip(table["confidence"], table["accuracy"], table["count"], strict=True)]
-  return el.table(f"Bins of confidence, {label} (per cent)",
-                  [("confidence", "n"), ("accuracy", "n"), ("rows", "n")], rows)
-
-
-# ---- Data, model, cost ---------------------------------------------------------------------------
+# ---- Data, model ---------------------------------------------------------------------------------
 
 
 def _data(record):
@@ -319,36 +278,6 @@ def _line(item):
 def _cost_numbers(record):
   guard = (record.get("guards") or {}).get("cost") or {}
   return record.get("cost") or guard.get("numbers") or {}
-
-
-def _cost(record):
-  numbers = _cost_numbers(record)
-  if not numbers:
-    return None
-  phases = numbers.get("phases") or {}
-  total = sum(phases.values())
-  parts = []
-  if total:
-    rows = [[name(phase), (cost.duration(seconds), "n"), (f"{100 * seconds / total:.0f} %", "n")]
-            for phase, seconds in sorted(phases.items(), key=lambda item: -item[1])]
-    rows.append((["in all", (cost.duration(total), "n"), ("", "n")], "tuned"))
-    parts.append(el.table("Wall time by phase", ["phase", ("time", "n"), ("share", "n")], rows))
-  parts.append(el.facts([(label, form(numbers[key])) for key, label, form in _COSTS
-                       if words.finite(numbers.get(key))]))
-  return join(parts)
-
-
-_COSTS = (
-    ("examples", "training examples seen", "{:,}".format),
-    ("steps", "training steps", "{:,}".format),
-    ("examples_per_second", "examples per second", "{:.1f}".format),
-    ("compile_seconds", "compilation", cost.duration),
-    ("data_wait_share", "waiting for data", lambda share: f"{100 * share:.1f} % of the loop"),
-    ("peak_host_bytes", "peak host memory", cost.size),
-    ("peak_bytes", "peak device memory", cost.size),
-    ("checkpoint_bytes", "checkpoint", cost.size),
-    ("devices", "devices", "{:,}".format),
-)
 
 
 def _reproduce(record):

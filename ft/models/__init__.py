@@ -69,6 +69,7 @@ KEYS = {
   "image_size": ((), "side or (height, width) to interpolate position embeddings to; (): as it is"),
   "channels": (0, "channels of the input images; 0: as it is", (0, None)),
   "depth": (0, "layers to cut to, or to grow to; 0: as it is", (0, None)),
+  "random": (False, "start from random weights of the checkpoint's shape: a control, no model"),
 }
 CHANGES = ("vocab_size", "image_size", "channels", "depth")
 _WEIGHTS = "model.safetensors"
@@ -167,7 +168,7 @@ def inspect(source: str, family: str = "") -> Info:
 def load(source: str, *, dtype=None, family: str = "", head: str = "", num_labels=None, labels=None,
          pooling: str = "auto", dropout: float | None = None, drop_path: float | None = None,
          changes: dict | None = None, rng=None, compute: layers.Compute | None = None,
-         sharding=None) -> Pretrained:
+         sharding=None, random: bool = False) -> Pretrained:
   """Loads a pretrained model, one tensor at a time.
 
   Args:
@@ -187,6 +188,7 @@ def load(source: str, *, dtype=None, family: str = "", head: str = "", num_label
     rng: key of what is initialised.
     compute: how the module computes; float32, unrolled if None.
     sharding: shape of a parameter -> jax Sharding; the default device if None.
+    random: whether all parameters are initialised, and none read.
 
   Raises:
     UserError: not found, damaged, or a checkpoint that does not fit; names every mismatch.
@@ -200,11 +202,14 @@ def load(source: str, *, dtype=None, family: str = "", head: str = "", num_label
   model, init, expected = _build(module, config, compute)
   whole = expected if not changes else {}  # after surgery, layers are stacked anew
   place = stacking.Placer(whole, sharding)
-  leaves, report, layout = names.load_tree(
-      opened, module.NAMES, stacking.unstack(expected), config=config,
-      dtype=np.dtype(dtype or np.float32),
-      head=module.HEAD + tuple(getattr(module, "OPTIONAL", ())), fresh=fresh, place=place,
-      where=f"{info.path} (read as {info.family})")
+  if random:
+    leaves, report, layout = {}, names.Report(initialised=sorted(expected)), names.Layout()
+  else:
+    leaves, report, layout = names.load_tree(
+        opened, module.NAMES, stacking.unstack(expected), config=config,
+        dtype=np.dtype(dtype or np.float32),
+        head=module.HEAD + tuple(getattr(module, "OPTIONAL", ())), fresh=fresh, place=place,
+        where=f"{info.path} (read as {info.family})")
   leaves = {path: leaf for path, leaf in leaves.items() if leaf is not None} | place.stacks
   absent = {stacking.split(path)[0] if path not in expected else path
             for path in report.initialised}
@@ -238,7 +243,8 @@ def load_config(config, model_args: dict, rng, sharding=None) -> Pretrained:
   loaded = load(config.source, family=config.family, pooling=config.pooling,
                 dropout=config.dropout, drop_path=config.drop_path,
                 dtype=jnp.dtype(config.dtype), compute=compute, rng=rng,
-                changes={name: config[name] for name in CHANGES}, sharding=sharding, **model_args)
+                changes={name: config[name] for name in CHANGES}, sharding=sharding,
+                random=config.random, **model_args)
   logging.info("%s: %s", config.source, loaded.report)
   return loaded
 

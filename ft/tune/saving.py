@@ -48,7 +48,8 @@ class Base:
 
   def load(self, sharding=None) -> models.Pretrained:
     """Returns the model; UserError if it is not found."""
-    section = config_dict.ConfigDict({**self.model, "source": self.source()})
+    known = {key: entry[0] for key, entry in models.KEYS.items()}  # of adapters older than a key
+    section = config_dict.ConfigDict({**known, **self.model, "source": self.source()})
     return models.load_config(section, self.arguments, jax.random.PRNGKey(self.seed), sharding)
 
   def source(self) -> str:

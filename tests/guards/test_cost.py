@@ -45,3 +45,43 @@ def test_duration(seconds, words):
     (0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (5 * 2**40, "5120.0 GiB")])
 def test_size(count, words):
   assert cost.size(count) == words
+
+
+def test_operations_and_utilisation():
+  work = {"tokens_per_example": 20.0, "matmul_parameters": 1000, "matmul_trained": 1000,
+          "through_body": True}
+  recorded = {"examples": 500, "examples_per_second": 50.0, "devices": 2,
+              "device_kind": "NVIDIA A100-SXM4-80GB", "platform": "gpu",
+              "used": {"seconds": 10.0, "cpu_seconds": 4.0, "nvml_joules": 7200.0}}
+  evidence = guards.Evidence(cost=recorded, gathered={"cost": work})
+  numbers = cost.measure(guards.defaults("cost"), evidence)["numbers"]
+  assert numbers["tokens"] == 10_000 and numbers["tokens_per_second"] == 1000
+  assert numbers["flops"] == 6 * 1000 * 10_000
+  assert numbers["utilisation"] == pytest.approx(6 * 1000 * 1000 / (2 * 312e12))
+  assert numbers["energy"]["joules"] == 7200 + 40 and not numbers["energy"]["measured"]
+  evidence.gathered = {"cost": {"forward_flops": 10.0, "factor": 3}}
+  numbers = cost.measure(guards.defaults("cost"), evidence)["numbers"]
+  assert numbers["flops"] == 3 * 500 * 10 and "tokens" not in numbers
+  evidence.gathered = {}
+  assert "flops" not in cost.measure(guards.defaults("cost"), evidence)["numbers"]
+
+
+def test_a_run_says_what_it_took_beside_what_needs_no_training(tiny, tmp_path):
+  from ft import config, train
+
+  flags = [("train.steps", "2"), ("train.eval_every", "2"), ("train.export", "False"),
+           ("guard.overfit.resamples", "100")]
+  record = train.train(config.load(str(tiny.config), flags), tmp_path / "run")
+  numbers = record["cost"]
+  kernels = 2 * (4 * 32 * 32 + 2 * 32 * 64) + 32 * 32 + 2 * 32  # layers, pooler, label head
+  assert numbers["flops"] == pytest.approx(6 * kernels * numbers["tokens"], rel=1e-4)
+  assert numbers["tokens"] == pytest.approx(32 * 13, rel=0.1)  # 3 to 19 words, [CLS] and [SEP]
+  assert not numbers["energy"]["measured"] or "RAPL" in numbers["energy"]["source"]
+  beside = {row["name"]: row for row in numbers["beside"]}
+  assert set(beside) == {"majority", "probe", "fine-tuned"}
+  for name, row in beside.items():
+    assert row["value"] == record["results"]["test"][name]["metrics"]["accuracy"]
+    assert row["seconds"] > 0 and row["n"] == record["results"]["test"][name]["n"]
+  page = (tmp_path / "run" / "card.html").read_text()
+  for said in ("What each reached on test", "operations of training", "frozen probe"):
+    assert said in page

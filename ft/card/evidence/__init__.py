@@ -1,11 +1,14 @@
 """What stands behind the guards' verdicts: one file a guard, found by the guard's name.
 
 A file gives `TITLE`, the heading of its part of the page, and `section(numbers, record)`, which
-makes it from the guard's numbers (never empty); see `elements.py`, `charts.py`, `markup.py`.
+makes it from the guard's numbers (never empty); see `elements.py`, `charts.py`, `markup.py`. Where
+a guard has none, its words say why.
 """
 
 import importlib
 import pkgutil
+
+from ft.card.markup import h
 
 
 def sections() -> list[tuple]:
@@ -19,7 +22,9 @@ def sections() -> list[tuple]:
 
 def _builder(name, section):
   def build(record):
-    numbers = ((record.get("guards") or {}).get(name) or {}).get("numbers")
-    return section(numbers, record) if numbers else None
+    guard = (record.get("guards") or {}).get(name) or {}
+    if guard.get("numbers"):
+      return section(guard["numbers"], record)
+    return h("p", guard["words"], cls="none") if guard.get("words") else None
 
   return build
