@@ -11,9 +11,10 @@ import pytest
 from card import fake_runs
 
 from ft import card, errors
-from ft.card import charts, compare, html, markup, schema, words
+from ft.card import charts, compare, evidence, html, markup, schema, words
 
-SECTIONS = ("verdict", "results", "learning", "errors", "samples", "calibration", "data",
+GUARDS = [name for name, *_ in evidence.sections()]
+SECTIONS = ("verdict", "results", "learning", "errors", "samples", "calibration", *GUARDS, "data",
             "trained", "loading", "cost", "reproduce")
 HOSTILE = '</td></style><script>alert(1)</script><img src=x onerror="alert(2)">&amp;\u202e\x00\'"'
 VOID = {"meta", "br", "hr", "line", "circle", "polyline"}
@@ -205,7 +206,7 @@ def test_a_bare_record_still_has_every_section():
   text = page({"title": "Bare", "task": {"name": "classify", "metric": "accuracy"}})
   reader = Reader(text)
   assert all(f'id="{section}"' in text for section in SECTIONS)
-  assert reader.text.count("Not recorded in this run.") == 10
+  assert reader.text.count("Not recorded in this run.") == 10 + len(GUARDS)
   assert "gained anything on test was not measured" in reader.text
 
 
