@@ -30,6 +30,8 @@ KEYS = {
   "title": ("", "what the run is called on its card"),
   "notes": ((), "sentences that the card repeats, such as limits of the data", "list"),
   "seed": (0, "seed of shuffling, dropout and new parameters", (0, 2147483647)),
+  "seeds": (1, "runs of the same config, with seeds seed, seed + 1, …; above 1 each has a folder "
+            "seed-N in the workdir, whose card gives mean ± sd", (1, 1000)),
 }
 SELECTORS = {
   "data.modality": ("text", "what the model reads: the file in ft/data/"),

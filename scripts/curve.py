@@ -8,10 +8,11 @@ error(n) = a n^-b + c is fitted. Nothing is predicted beyond four times the rows
 tells what the fit would have predicted without its last sizes. Leaves curve.html and curve.json.
 """
 
+import itertools
 import json
 import pathlib
 
-from absl import flags, logging
+from absl import flags
 
 from ft import cli
 
@@ -27,7 +28,7 @@ flags.DEFINE_integer("seed", 0, "of the draws", lower_bound=0)
 def main(_):
   import jax
 
-  from ft import card, compilation, errors, learning_curve, mesh, run, tune, workdir
+  from ft import card, compilation, errors, learning_curve, logs, mesh, run, tune, workdir
   from ft.guards import amount
 
   f = flags.FLAGS
@@ -57,8 +58,9 @@ def main(_):
   if len(ns) < learning_curve.FEWEST_SIZES:
     raise errors.UserError(f"train has {len(train.target):,} rows, too few for "
                            f"{learning_curve.FEWEST_SIZES} subsets of at least {smallest}")
-  show = lambda n, k, error: logging.info(  # noqa: E731
-      "%s rows, draw %d: error %.4f", f"{n:,}", k + 1, error)
+  bar, done = logs.Progress("probes", f.draws * (len(ns) - 1) + 1), itertools.count(1)
+  show = lambda n, k, error: bar.show(  # noqa: E731
+      next(done), f"{n:,} rows, draw {k + 1}: error {error:.4f}")
   curve = learning_curve.measure(*learning_curve.narrowed(parts), ns, f.draws,
                                  solve, f.seed, show)
   numbers = {"rows": len(train.target), "used": len(train.target), "probe": named,

@@ -2,6 +2,7 @@
 
     python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
+--config.seeds=3 runs it with three seeds, each in a folder of its own, and gives mean ± sd.
 Exit status: 0 done; 2 the input is wrong; 3 training failed; 75 preempted, run me again.
 """
 
@@ -17,13 +18,14 @@ flags.DEFINE_string("workdir", "", "folder of the run, made if absent; a run in 
 
 
 def main(_):
-  from ft import compilation, errors, train
+  from ft import compilation, errors, seeds, train
 
   if not flags.FLAGS.workdir:
     raise errors.UserError("--workdir=DIR is missing: the folder that will hold the run")
   config = cli.config()
   compilation.cache()
-  train.train(config, flags.FLAGS.workdir, "python " + shlex.join(sys.argv))
+  start = seeds.train if config.seeds > 1 else train.train
+  start(config, flags.FLAGS.workdir, "python " + shlex.join(sys.argv))
 
 
 if __name__ == "__main__":

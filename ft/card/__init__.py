@@ -10,7 +10,7 @@ import secrets
 import numpy as np
 
 from ft import errors
-from ft.card import html, schema, words
+from ft.card import html, schema, seeds, words
 
 JSON, HTML = "card.json", "card.html"
 
@@ -78,6 +78,8 @@ def summary(record):
            for row in table]
   if record["task"].get("protocol"):
     lines.append(f"({record['task']['protocol']})")
+  if seeds.line(record):
+    lines.append(seeds.line(record))
   found = [sentence for *_, sentence in words.verdicts(record)]
   room = 12 - len(lines)
   if len(found) > room:

@@ -6,7 +6,7 @@ Every section is always there; what a run did not record is said in its place.
 import math
 
 from ft import stats
-from ft.card import charts, evidence, pictures, samples, screening, words
+from ft.card import charts, evidence, pictures, samples, screening, seeds, words
 from ft.card import elements as el
 from ft.card.markup import h, join, name
 from ft.guards import cost
@@ -94,7 +94,7 @@ def _results(record):
   signatures = record["task"].get("signatures")
   scored = el.details("How it was scored", el.tree_facts(signatures)) if signatures else None
   return join([h("div", panels, cls="figures"), _results_table(record, splits, unit),
-               _more_metrics(record), _resampled(record), scored,
+               seeds.section(record), _more_metrics(record), _resampled(record), scored,
                _tradeoff(record)])
 
 
