@@ -154,6 +154,36 @@ def growth(points, curve, label, metric, axis="training rows"):
   return _svg(height, label, parts)
 
 
+def scatter(points, label, metric, axis, log=False):
+  """Dots over a number, the strong ones on top.
+
+  Args:
+    points: [(x, y, emphasised)]. label: what a screen reader says. metric: for the format of y.
+    axis: what x is. log: whether its scale is logarithmic, x above 0.
+  """
+  height, top, bottom = 210, 12, 176
+  scale = math.log10 if log else float
+  left, right = span([scale(x) for x, *_ in points])
+  low, high = span([value for _, value, _ in points])
+
+  def x(value):
+    return _LEFT + (WIDTH - _LEFT - _RIGHT) * (scale(value) - left) / (right - left)
+
+  def y(value):
+    return bottom - (bottom - top) * (value - low) / (high - low)
+
+  parts = _axes(ticks(low, high, 5), [], x, y, top, bottom, metric)
+  marks = ([m * 10.0**k for k in range(math.floor(left), math.ceil(right) + 1) for m in (1, 3)]
+           if log else ticks(left, right, 5))
+  parts += [h("text", f"{mark:.3g}", x=_r(x(mark)), y=bottom + 15, cls="tick mid")
+            for mark in marks if left <= scale(mark) <= right]
+  parts.append(h("text", axis, x=WIDTH - _RIGHT, y=height - 2, cls="tick end"))
+  parts += [h("circle", cx=_r(x(a)), cy=_r(y(b)), r=4.5 if strong else 3.2,
+              cls="dot strong" if strong else "point two")
+            for a, b, strong in sorted(points, key=lambda point: point[2])]
+  return _svg(height, label, parts)
+
+
 def span(values, room=0.06):
   """(low, high) that hold all values with some room, never equal."""
   low, high = min(values), max(values)
