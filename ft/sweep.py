@@ -46,7 +46,8 @@ class Settings:
     rates: points of the grid of rates that is tried first, for each choice of tune.method and of
       the other selectors; 0: none.
     pruner: of PRUNERS: end a trial that is worse than the median of the others at its step, or
-      keep a third at steps that grow threefold.
+      let the best one of `keep` go on at steps that grow as many times.
+    keep, rung: of halving, and its first step; 0: a hundredth of the first whole trial's.
     minutes: budget, from which no further trial starts and the running one ends; 0: none. The first
       one always goes to its end.
     seed: of what is tried.
@@ -55,6 +56,8 @@ class Settings:
   trials: int = 20
   rates: int = 5
   pruner: str = "median"
+  keep: int = 3
+  rung: int = 0
   minutes: float = 0.0
   seed: int = 0
 
@@ -103,7 +106,8 @@ class Sweep:
   def _open(self, url, name):
     o, s = self.optuna, self.settings
     pruner = {"median": o.pruners.MedianPruner(n_startup_trials=4),
-              "halving": o.pruners.SuccessiveHalvingPruner(reduction_factor=3),
+              "halving": o.pruners.SuccessiveHalvingPruner(s.rung or "auto",
+                                                           reduction_factor=s.keep),
               "none": o.pruners.NopPruner()}[s.pruner]
     try:
       with warnings.catch_warnings():
