@@ -68,11 +68,16 @@ def _quiet_logs():
   )
 
 
-def config():
-  """The config that `--config` and its overrides describe."""
+def config(more: list[tuple[str, str]] = ()):
+  """The config that `--config`, its overrides and `more` of them describe."""
   if not FLAGS.config:
     raise errors.UserError("--config=configs/NAME.py is missing; `ls configs` shows what there is")
-  return config_lib.load(FLAGS.config, _overrides)
+  return config_lib.load(FLAGS.config, [*_overrides, *more])
+
+
+def overrides() -> list[tuple[str, str]]:
+  """What `--config.key=value` said, in order."""
+  return list(_overrides)
 
 
 def _parse(argv: list[str], description: str, with_config: bool, words: bool) -> list[str]:

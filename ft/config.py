@@ -30,6 +30,10 @@ KEYS = {
   "title": ("", "what the run is called on its card"),
   "notes": ((), "sentences that the card repeats, such as limits of the data", "list"),
   "seed": (0, "seed of shuffling, dropout and new parameters", (0, 2147483647)),
+  "seeds": (1, "runs of the same config, with seeds seed, seed + 1, …; above 1 each has a folder "
+            "seed-N in the workdir, whose card gives mean ± sd", (1, 1000)),
+  "auto": (False, "choose task, method and settings by rules and a race; see ft/auto.py"),
+  "minutes": (15.0, "auto: budget of the race", (0.0, None)),
 }
 SELECTORS = {
   "data.modality": ("text", "what the model reads: the file in ft/data/"),
@@ -173,6 +177,27 @@ def complete(given: dict):
       place = place[part]
     place[rest] = config_dict.ConfigDict(value) if isinstance(value, dict) else value
   return config.lock()
+
+
+def changed(config, given: dict):
+  """Returns a complete config with some keys changed.
+
+  Args:
+    config: complete ConfigDict.
+    given: dotted key -> value, or text as on the command line. Where another component is chosen,
+      the keys of the one before fall away and its own have their defaults.
+  Raises:
+    UserError: as `complete`.
+  """
+  flat = _flatten(_plain(config))
+  before = {key: flat[key] for key in SELECTORS}
+  chosen = {key: given.get(key, value) for key, value in before.items()}
+  other = {key for key in SELECTORS if chosen[key] != before[key]}
+  gone = {key for key, (*_, reader) in schema(before).items() if reader.partition("=")[0] in other}
+  table = schema(chosen)
+  values = {key: _parse(key, value, table) if isinstance(value, str) else value
+            for key, value in given.items()}
+  return complete({key: value for key, value in flat.items() if key not in gone} | values)
 
 
 def section(selector: str, component: str, given: dict):

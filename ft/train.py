@@ -62,13 +62,17 @@ KEYS = {
 }
 
 
-def train(config, folder: os.PathLike, command: str = "") -> dict | None:
+def train(config, folder: os.PathLike, command: str = "",
+          watch: Callable | None = None) -> dict | None:
   """Runs a config in a folder, from where it stands to the end; returns its card's record.
 
   Args:
     config: complete ConfigDict (`config.load`).
     folder: the run's folder; a run begun there goes on, a finished one is left alone (None).
     command: what the card gives as the way to repeat the run.
+    watch: called as (line, task.metric) with what each evaluation found, those of a process before
+      too; it may raise to end the run. The run then ends behind its last step and gives what the
+      host knows: test is not judged until a call without it goes on from there.
   Raises:
     UserError, TrainingFailed, Preempted: see ft/errors.py.
   """
@@ -101,9 +105,10 @@ def train(config, folder: os.PathLike, command: str = "") -> dict | None:
     features = baseline = None
     only_head = tuned.only_head and run.task.head_features
     compares = getattr(run.task, "refer", None)
-    if config.train.baselines or only_head or compares:
+    baselines = config.train.baselines and not watch
+    if baselines or only_head or compares:
       features = extract_features(run, examples, frozen, mutable, tuned)
-    if config.train.baselines:
+    if baselines:
       known = generation.before(run, examples, features, frozen, mutable, tuned)
       baseline = run.task.baselines(known)
     run.lap("baselines")
@@ -140,9 +145,11 @@ def train(config, folder: os.PathLike, command: str = "") -> dict | None:
       run.task.predict, apply, tuned.combine, mesh.replicated(run.mesh)
     )
     loop = Loop(run, load, frozen, anchors.fixed, step, predict, checkpoints, total, preemption,
-                tuned.stages)
+                tuned.stages, watch)
     now, host = loop.go(now, host)
     run.lap("training")
+    if watch:
+      return host
 
     # The best state, judged once on data that no choice was made on.
     if host["best_step"] != int(now.step):
@@ -191,6 +198,7 @@ class Loop:
   total: int
   preemption: Preemption
   stages: tune.Stages | None = None
+  watch: Callable | None = None
 
   def go(self, now: state.State, host: dict) -> tuple[state.State, dict]:
     """Trains from a state to the last step; returns the state there and the host's record."""
@@ -198,6 +206,8 @@ class Loop:
     self.pending, self.waited, self.since = None, 0.0, (time.monotonic(), first)
     self.metrics = logs.Metrics(self.run.folder, host["offset"], first)
     self.bar = logs.Progress("step", self.total, first)
+    for line in host["history"] if self.watch else ():
+      self.watch(line, self.run.task.metric)
     every = c.eval_every if c.eval_every >= 1 else c.eval_every * self.total
     every = max(1, math.ceil(every - 1e-6)) if every else self.total
     batches = self.load["train"].iterate(first, self.total, put=self.put)
@@ -310,6 +320,8 @@ class Loop:
     shown = ", ".join(f"{k} {v:.4f}" for k, v in line.items() if k.endswith((f"/{key}", "loss")))
     logging.info("step %d: %s%s", number, shown, " (best so far)" if better else "")
     self.since, self.waited = (time.monotonic(), number), 0.0
+    if self.watch:
+      self.watch(host["history"][-1], run.task.metric)
 
   def save(self, now: state.State, number: int) -> None:
     """Starts a checkpoint that a run can go on from exactly."""

@@ -11,7 +11,7 @@ import secrets
 import numpy as np
 
 from ft import errors
-from ft.card import html, readme, schema, words
+from ft.card import html, readme, schema, seeds, words
 
 JSON, HTML = "card.json", "card.html"
 # Of the summary: lines, columns of splits, characters of a guard's line.
@@ -114,6 +114,8 @@ def _results(record):
                      itertools.zip_longest(row, widths, fillvalue=0)).rstrip() for row in table]
   if record["task"].get("protocol"):
     lines.append(f"({record['task']['protocol']})")
+  if seeds.line(record):
+    lines.append(seeds.line(record))
   return lines
 
 

@@ -119,6 +119,76 @@ def reliability(tables, label):
   return _svg(height, label, parts)
 
 
+def growth(points, curve, label, metric, axis="training rows"):
+  """A fitted curve with its band over a logarithmic axis, and what was measured.
+
+  Args:
+    points: [{"n", "error", "lo", "hi"}], measured. curve: the same of the fit, ascending in n; what
+      lies beyond the last point is drawn dashed. label: what a screen reader says.
+    metric: for the format of the axis. axis: its name.
+  """
+  height, top, bottom = 240, 12, 204
+  rows, last = [*points, *curve], points[-1]["n"]
+  first, end = math.log2(rows[0]["n"]), math.log2(max(row["n"] for row in rows))
+  low, high = span([v for row in rows for v in (row["error"], row["lo"], row["hi"])])
+  low = max(low, 0.0)
+
+  def x(n):
+    return _LEFT + (WIDTH - _LEFT - _RIGHT) * (math.log2(n) - first) / ((end - first) or 1)
+
+  def y(value):
+    return bottom - (bottom - top) * (value - low) / (high - low)
+
+  parts = _axes(ticks(low, high, 5), [], x, y, top, bottom, metric)
+  shown = [point["n"] for point in points] + [2 * last, 4 * last]
+  every = 2 if len(shown) > 7 else 1  # the last of them always has its number
+  parts += [h("text", f"{n:,}", x=_r(x(n)), y=bottom + 15, cls="tick mid")
+            for n in shown[::-1][::every] if math.log2(n) <= end + 1e-9]
+  parts.append(h("text", axis, x=WIDTH - _RIGHT, y=height - 4, cls="tick end"))
+  edge = [(row["n"], row["hi"]) for row in curve] + [(row["n"], row["lo"]) for row in curve[::-1]]
+  parts.append(h("polygon", cls="band", points=" ".join(f"{_r(x(n))},{_r(y(v))}" for n, v in edge)))
+  inside = [row for row in curve if row["n"] <= last]
+  beyond = [*inside[-1:], *[row for row in curve if row["n"] > last]]
+  for part, cls in ((inside, "line one"), (beyond, "line two")):
+    parts.append(h("polyline", cls=cls, points=" ".join(
+        f"{_r(x(row['n']))},{_r(y(row['error']))}" for row in part)))
+  for row in points:
+    at = _r(x(row["n"]))
+    parts.append(h("line", x1=at, x2=at, y1=_r(y(row["lo"])), y2=_r(y(row["hi"])), cls="bar weak"))
+    parts.append(h("circle", cx=at, cy=_r(y(row["error"])), r=3.5, cls="dot strong"))
+  return _svg(height, label, parts)
+
+
+def scatter(points, label, metric, axis, log=False):
+  """Dots over a number, the strong ones on top.
+
+  Args:
+    points: [(x, y, emphasised)]. label: what a screen reader says. metric: for the format of y.
+    axis: what x is. log: whether its scale is logarithmic, x above 0.
+  """
+  height, top, bottom = 210, 12, 176
+  scale = math.log10 if log else float
+  left, right = span([scale(x) for x, *_ in points])
+  low, high = span([value for _, value, _ in points])
+
+  def x(value):
+    return _LEFT + (WIDTH - _LEFT - _RIGHT) * (scale(value) - left) / (right - left)
+
+  def y(value):
+    return bottom - (bottom - top) * (value - low) / (high - low)
+
+  parts = _axes(ticks(low, high, 5), [], x, y, top, bottom, metric)
+  marks = ([m * 10.0**k for k in range(math.floor(left), math.ceil(right) + 1) for m in (1, 3)]
+           if log else ticks(left, right, 5))
+  parts += [h("text", f"{mark:.3g}", x=_r(x(mark)), y=bottom + 15, cls="tick mid")
+            for mark in marks if left <= scale(mark) <= right]
+  parts.append(h("text", axis, x=WIDTH - _RIGHT, y=height - 2, cls="tick end"))
+  parts += [h("circle", cx=_r(x(a)), cy=_r(y(b)), r=4.5 if strong else 3.2,
+              cls="dot strong" if strong else "point two")
+            for a, b, strong in sorted(points, key=lambda point: point[2])]
+  return _svg(height, label, parts)
+
+
 def span(values, room=0.06):
   """(low, high) that hold all values with some room, never equal."""
   low, high = min(values), max(values)

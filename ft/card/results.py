@@ -1,6 +1,6 @@
 """The page's results: every row of every split, what else was scored, and how it was taken."""
 
-from ft.card import charts, words
+from ft.card import charts, seeds, words
 from ft.card import elements as el
 from ft.card.markup import h, join, name
 
@@ -17,7 +17,7 @@ def section(record):
   signatures = record["task"].get("signatures")
   scored = el.details("How it was scored", el.tree_facts(signatures)) if signatures else None
   return join([h("div", panels, cls="figures"), _table(record, splits, unit), _resampled(record),
-               _more_metrics(record), scored, _origin(record), _tradeoff(record)])
+               seeds.section(record), _more_metrics(record), scored, _origin(record), _tradeoff(record)])
 
 
 def _panel(split, entries, metric, low, high):

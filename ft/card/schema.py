@@ -84,6 +84,10 @@ FIELDS = (
     ("tradeoff", "list[dict]", "of average.wise: alpha, chosen, values: split -> metric"),
     ("samples", "list[dict]", "texts written for rows of test: where, what to compare, answers"),
     ("pictures", "list[dict]", "images of test: where, words, images: name -> data URI of a PNG"),
+    ("seeds.numbers", "list[int]!", "seeds of the runs; the rest of the record is of the first"),
+    ("seeds.metric", "str!", "the metric they are compared by"),
+    ("seeds.results.*.*", "dict", "split, row name: mean, sd (n - 1), values by seed"),
+    ("seeds.differences.*.*", "dict", "split, 'fine-tuned - probe', …: the same, and verdicts"),
     ("missing", "dict", "path of a null number -> why it has no value"),
 )
 

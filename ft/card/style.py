@@ -94,6 +94,7 @@ svg .mark { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 3 3; }
 svg .bar { stroke-width: 2; stroke-linecap: round; } svg .bar.strong { stroke: var(--accent);
   stroke-width: 3; } svg .bar.weak { stroke: var(--weak); }
 svg .dot.strong { fill: var(--accent); } svg .dot.weak { fill: var(--weak); }
+svg .band { fill: color-mix(in srgb, var(--accent) 16%, transparent); stroke: none; }
 svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 svg .line.one { stroke: var(--accent); } svg .line.two { stroke: var(--weak); }
 svg .line.two { stroke-dasharray: 5 3; }
