@@ -118,7 +118,15 @@ dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.4
   overflow-wrap: anywhere; }
 footer { padding-top: 1.5rem; padding-bottom: 3rem; font-size: .85rem; }
 @media (max-width: 34rem) { header, main, footer { padding-left: 1.1rem; padding-right: 1.1rem; }
-  header { padding-top: 1.8rem; } th, td { padding-right: .9rem; } }
+  header { padding-top: 1.8rem; } th, td { padding-right: .9rem; }
+  dl.facts { grid-template-columns: minmax(0, 2fr) minmax(0, 3fr); }
+  caption { position: sticky; left: 0; max-width: calc(100vw - 2.2rem); }
+  /* A shade at the edge that has more to show, covered where the end is reached. */
+  .scroll { --shade: color-mix(in srgb, var(--ink) 22%, transparent); background:
+  linear-gradient(to right, var(--paper) 40%, transparent) left / 1.6rem 100% no-repeat local,
+  linear-gradient(to left, var(--paper) 40%, transparent) right / 1.6rem 100% no-repeat local,
+  linear-gradient(to right, var(--shade), transparent) left / .5rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--shade), transparent) right / .5rem 100% no-repeat scroll; } }
 @media (max-width: 34rem) { .stack thead { display: none; } .stack tr { display: block; padding:
   .55rem 0; border-bottom: 1px solid var(--rule); } .stack th, .stack td { display: inline; padding:
   0; border: 0; } .stack td::before { content: " "; } .stack td.long { display: block; }
