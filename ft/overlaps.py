@@ -46,7 +46,8 @@ def collect(evidence, most: int, images: int) -> dict[str, Part]:
   for name in order + [name for name in rows if name not in order]:
     size, have = len(rows[name]), features.get(name)
     index = np.arange(size)
-    if have is not None and np.ndim(have["features"]) == 2:
+    have = None if have is None or np.ndim(have.get("features")) != 2 else have
+    if have is not None:
       index = np.asarray(have["index"] if "index" in have else index[:len(have["features"])])
     kept = _sample(len(index), most)
     made = [rows[name][int(i)] for i in index[kept]]
@@ -56,8 +57,7 @@ def collect(evidence, most: int, images: int) -> dict[str, Part]:
     parts[name] = Part(
         size, index[kept], duplicates.contents(made), [duplicates.text(row) for row in made],
         seen_images, None if classes is None else [classes[int(i)] for i in index[kept]],
-        None if have is None or np.ndim(have["features"]) != 2
-        else np.asarray(have["features"], np.float32)[kept])
+        None if have is None else np.asarray(have["features"], np.float32)[kept])
   return parts
 
 
