@@ -221,14 +221,11 @@ class Shingles:
     from scipy import sparse
 
     parts = [f" {normal(t[:CHARACTERS])} ".encode() if t and t.strip() else b"" for t in texts]
-    lengths = np.array([max(len(part) - SHINGLE + 1, 0) for part in parts])
-    hashes = [_shingles(part) for part in parts if len(part) >= SHINGLE]
+    total = sum(max(len(part) - SHINGLE + 1, 0) for part in parts)
+    step = max(1, -(-total // _SHINGLES))
+    hashes = [_shingles(part, step) for part in parts]
     joined = np.concatenate(hashes) if hashes else np.zeros(0, np.uint32)
-    row = np.repeat(np.arange(len(parts)), lengths)
-    step = -(-len(joined) // _SHINGLES) if len(joined) else 1
-    if step > 1:
-      chosen = _mixed(joined, 77) % np.uint32(step) == 0
-      joined, row = joined[chosen], row[chosen]
+    row = np.repeat(np.arange(len(parts)), [len(part) for part in hashes])
     self.kept = 1 / step
     vocabulary, column = np.unique(joined, return_inverse=True)
     self.sets = sparse.csr_matrix((np.ones(len(row), np.float32), (row, column)),
@@ -355,11 +352,14 @@ def _joined(signature):
   return total
 
 
-def _shingles(data: bytes) -> np.ndarray:
-  """(L - 3,) uint32: the shingles of a text's bytes, four of them a number."""
+def _shingles(data: bytes, step: int) -> np.ndarray:
+  """(n,) uint32: the shingles of a text's bytes, four of them a number; one in `step` by hash."""
+  if len(data) < SHINGLE:
+    return np.zeros(0, np.uint32)
   raw = np.frombuffer(data, np.uint8).astype(np.uint32)
   parts = [raw[k:len(raw) - SHINGLE + 1 + k] << np.uint32(8 * k) for k in range(SHINGLE)]
-  return parts[0] | parts[1] | parts[2] | parts[3]
+  found = parts[0] | parts[1] | parts[2] | parts[3]
+  return found if step == 1 else found[_mixed(found, -1) % np.uint32(step) == 0]
 
 
 def _mixed(values, seed: int) -> np.ndarray:

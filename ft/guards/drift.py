@@ -72,6 +72,8 @@ def _priors(config, evidence):
   train = known.pop("train", None)
   if train is None or not known:
     raise guards.Missing("rows have no single class")
+  if len(set(train)) < 2:
+    raise guards.Missing("train has rows of one class only")
   found = []
   for split, labels in known.items():
     if len(labels) < FEWEST:
@@ -172,7 +174,7 @@ def describe(evidence, most: int) -> tuple[str, dict]:
   """
   found, kind = {}, "features"
   vectors = {split: part for split, part in evidence.features.items()
-             if np.ndim(part["features"]) == 2}
+             if np.ndim(part.get("features")) == 2}
   if "train" in vectors:
     for split, part in vectors.items():
       chosen = _drawn(len(part["features"]), most)

@@ -191,7 +191,7 @@ def _missing(evidence):
   if train is None:
     return ("no features of the model before tuning were recorded (the task has none, or "
             "train.baselines is False)")
-  if np.ndim(train["features"]) != 2 or "label" not in train:
+  if np.ndim(train.get("features")) != 2 or "label" not in train:
     return "the features are not one vector and one label a row"
   label = np.asarray(train["label"])
   if label.ndim != 1:

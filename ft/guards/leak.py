@@ -14,7 +14,7 @@ import dataclasses
 
 import numpy as np
 
-from ft import duplicates, guards, leaks, stats
+from ft import duplicates, guards, leaks, overlaps, stats
 from ft.guards import overfit
 
 KEYS = {
@@ -38,33 +38,11 @@ KEYS = {
 
 FEWEST = 30  # Below this many rows a half has no metric worth its name.
 ANY = "any"
-_CORRELATION = 0.97  # of the pixels of two pictures whose hashes agree
 _EXAMPLES = 12
-_RANDOM = 20_000  # pairs of train rows that tell whether the features set rows apart
-_STRAY = 0.001  # share of random pairs that may be as close as near-duplicates
 _LATER = 0.05  # share of train that may be later than the median of test
 _RESAMPLES = 500
 LONG = {"exact": "exact", "embedding": "embedding", "minhash": "MinHash",
         "picture": "perceptual hash", "windows": "windows of time", ANY: "any of these"}
-
-
-@dataclasses.dataclass
-class Part:
-  """What is compared of a split: n rows, sampled where there are more.
-
-  Attributes:
-    of: rows in the split. index: (n,) their places in it. keys, texts: of each row, or None.
-    images: of the first `pictures` (n,) places, else None. label: of each, or None.
-    features: (n, D), or None.
-  """
-
-  of: int
-  index: np.ndarray
-  keys: list
-  texts: list
-  images: list
-  label: list | None
-  features: np.ndarray | None
 
 
 def measure(config, evidence):
@@ -86,7 +64,7 @@ def measure(config, evidence):
     settings: the thresholds, and whether the features were "raw" or "centred".
     missing: [{"part", "reason"}], what was not measured.
   """
-  parts = collect(evidence, config)
+  parts = overlaps.collect(evidence, config.rows, config.images)
   if "train" not in parts or len(parts) < 2:
     return guards.not_measured("there are no rows of train, or of no other split, to compare")
   numbers = {"splits": [{"split": name, "n": len(part.index), "of": part.of}
@@ -112,45 +90,13 @@ def measure(config, evidence):
   return guards.result(_verdict(config, numbers), _words(config, numbers), numbers)
 
 
-def collect(evidence, config) -> dict[str, Part]:
-  """What is compared of each split: split -> Part."""
-  parts, rows, features = {}, evidence.rows, evidence.features
-  order = [name for name in ("train", "validation", "test") if name in rows]
-  for name in order + [name for name in rows if name not in order]:
-    size, have = len(rows[name]), features.get(name)
-    index = np.arange(size)
-    if have is not None and np.ndim(have["features"]) == 2:
-      index = np.asarray(have["index"] if "index" in have else index[:len(have["features"])])
-    kept = _sample(len(index), config.rows)
-    made = [rows[name][int(i)] for i in index[kept]]
-    seen = set(_sample(len(made), config.images).tolist()) if config.images else set()
-    images = [row.get("image") if i in seen else None for i, row in enumerate(made)]
-    classes = getattr(rows[name], "classes", None)
-    parts[name] = Part(
-        size, index[kept], duplicates.contents(made), [duplicates.text(row) for row in made],
-        images, None if classes is None else [classes[int(i)] for i in index[kept]],
-        None if have is None or np.ndim(have["features"]) != 2
-        else np.asarray(have["features"], np.float32)[kept])
-  return parts
-
-
 def search(config, parts, numbers) -> dict:
-  """Runs every finder that the rows allow.
-
-  Returns:
-    method -> split -> (nearest (n,): place among the compared rows of train or -1, similarity
-    (n,), repeats (n,): whether the row repeats an earlier one of its own split).
-  """
-  finders = {
-      "exact": lambda: _exact(parts),
-      "embedding": lambda: _embedding(parts, config.cosine, numbers["settings"]),
-      "minhash": lambda: _minhash(parts, config.jaccard, numbers["settings"]),
-      "picture": lambda: _pictures(parts, config.bits, numbers["settings"])}
+  """Runs every finder that the rows allow; method -> what it found, see ft/overlaps.py."""
   found = {}
-  for name, find in finders.items():
-    result = _try(numbers, LONG[name], find)
+  for method, find in overlaps.FINDERS.items():
+    result = _try(numbers, LONG[method], lambda find=find: find(parts, config, numbers["settings"]))
     if result:
-      found[name] = result
+      found[method] = result
   return found
 
 
@@ -161,99 +107,6 @@ def _try(numbers, part, look):
   except guards.Missing as reason:
     numbers["missing"].append({"part": part, "reason": str(reason)})
     return None
-
-
-# ---- Finders -------------------------------------------------------------------------------------
-
-
-def _exact(parts):
-  if all(key is None for part in parts.values() for key in part.keys):
-    raise guards.Missing("rows have no text, image or sound")
-  found = {}
-  for split, part in parts.items():
-    inside = duplicates.exact(part.keys, part.keys, inside=True)
-    between = duplicates.exact(part.keys, parts["train"].keys) if split != "train" else None
-    found[split] = _entry(len(part.keys), between, inside)
-  return found
-
-
-def _embedding(parts, threshold, settings):
-  if any(part.features is None for part in parts.values()):
-    raise guards.Missing("no features of the model before tuning, one vector a row, were recorded")
-  train = parts["train"].features
-  for kind, centre in (("raw", None), ("centred", train.mean(axis=0, dtype=np.float64))):
-    units = {split: duplicates.units(part.features, centre) for split, part in parts.items()}
-    if _stray(units["train"], threshold) <= _STRAY:
-      settings["features"] = kind
-      break
-  else:
-    raise guards.Missing(f"the features do not set rows apart: random pairs of train rows have "
-                         f"cosines above {threshold:g}")
-  found = {}
-  for split, unit in units.items():
-    inside = duplicates.cosine(unit, unit, threshold, inside=True)
-    between = duplicates.cosine(unit, units["train"], threshold) if split != "train" else None
-    found[split] = _entry(len(unit), between, inside)
-  return found
-
-
-def _stray(unit, threshold):
-  """Share of random pairs of different rows whose cosine is above the threshold."""
-  a, b = np.random.default_rng(0).integers(0, len(unit), (2, _RANDOM))
-  near = np.einsum("ij,ij->i", unit[a], unit[b])[a != b]
-  return float((near > threshold).mean()) if near.size else 0.0
-
-
-def _minhash(parts, threshold, settings):
-  texts = [text for part in parts.values() for text in part.texts]
-  if not any(texts):
-    raise guards.Missing("rows have no text")
-  shingles = duplicates.Shingles(texts)
-  settings["shingles_kept"] = shingles.kept
-  pairs = shingles.pairs(threshold, np.ones(len(texts), bool), inside=True)
-  settings["minhash_cut"] = pairs.cut
-  return _by_split(pairs, parts)
-
-
-def _pictures(parts, bits, settings):
-  images = [image for part in parts.values() for image in part.images]
-  if not any(image is not None for image in images):
-    raise guards.Missing("rows have no image, or guard.leak.images is 0")
-  made = duplicates.pictures(images)
-  if not np.isfinite(made).any():
-    raise guards.Missing("no image could be read")
-  settings["pictures"] = int(np.isfinite(made[:, 0, 0]).sum())
-  settings["correlation"] = _CORRELATION
-  pairs = duplicates.alike(made, bits, _CORRELATION, np.ones(len(made), bool), inside=True)
-  return _by_split(pairs, parts)
-
-
-def _by_split(pairs, parts):
-  """Pairs among all rows in their order, train first: those within a split and those with train."""
-  found, first = {}, {}
-  start = 0
-  for split, part in parts.items():
-    first[split], start = start, start + len(part.index)
-  size = len(parts["train"].index)
-  for split, part in parts.items():
-    own = (pairs.query >= first[split]) & (pairs.query < first[split] + len(part.index))
-    query, other = pairs.query[own] - first[split], pairs.reference[own]
-    value, within = pairs.similarity[own], other >= first[split]
-    inside = duplicates.Pairs(query[within], other[within] - first[split], value[within])
-    known = other < size
-    between = None if split == "train" else duplicates.Pairs(query[known], other[known],
-                                                             value[known])
-    found[split] = _entry(len(part.index), between, inside)
-  return found
-
-
-def _entry(size, between, inside):
-  nearest, similarity = (np.full(size, -1), np.zeros(size))
-  if between is not None:
-    nearest, similarity = between.nearest(size)
-  repeats = np.zeros(size, bool)
-  repeats[inside.query] = True
-  return nearest, similarity, repeats
 
 
 # ---- Numbers -------------------------------------------------------------------------------------
@@ -372,12 +225,6 @@ def _row(evidence, parts, split, at, prefix):
   return {f"{prefix}place": evidence.rows[split].where(i), f"{prefix}label": label,
           f"{prefix}text": duplicates.excerpt({"text": part.texts[at] or ""}),
           f"{prefix}picture": duplicates.thumbnail(evidence.rows[split][i])}
-
-
-def _sample(size, most):
-  if size <= most:
-    return np.arange(size)
-  return np.sort(np.random.default_rng(0).choice(size, most, replace=False))
 
 
 # ---- Verdict -------------------------------------------------------------------------------------

@@ -167,6 +167,7 @@ def test_series_that_moved(shift, verdict):
 
 @pytest.mark.parametrize("features, reason", [
     ({}, "neither features"),
+    ({"train": {"pixels": np.zeros((40, 2))}, "test": {"pixels": np.zeros((40, 2))}}, "neither"),
     ({"train": part(np.zeros((20, 2))), "test": part(np.zeros((60, 2)))}, "20 rows, fewer than 30"),
     ({"train": part(np.zeros((40, 2))), "test": part(np.zeros((8, 2)))}, "no split beside train"),
     ({"train": part(np.full((40, 2), np.nan)), "test": part(np.zeros((40, 2)))}, "not finite")])
@@ -181,3 +182,12 @@ def test_several_labels_a_row_have_no_class_shares():
   found = measured({"train": part(rng.normal(size=(60, 4)), label),
                     "test": part(rng.normal(size=(60, 4)), label)})
   assert not found["numbers"]["priors"] and found["numbers"]["features"]
+
+
+def test_a_train_split_of_one_class_has_no_class_shares():
+  """As where defects are sought, which train has none of."""
+  rng = np.random.default_rng(0)
+  found = measured({"train": part(rng.normal(size=(60, 4)), np.zeros(60, int)),
+                    "test": part(rng.normal(size=(60, 4)), np.arange(60) % 2)})
+  assert not found["numbers"]["priors"]
+  assert "one class only" in found["numbers"]["missing"][0]["reason"]

@@ -114,6 +114,7 @@ def test_suspects_follow_the_definition():
     ({}, "no features"),
     ({"train": {"features": np.zeros((40, 3, 2)), "label": np.zeros(40, int)}}, "one vector"),
     ({"train": {"features": np.zeros((40, 3))}}, "one label a row"),
+    ({"train": {"pixels": np.zeros((40, 3))}}, "one vector"),
     ({"train": part(np.zeros((40, 3)), np.zeros((40, 2), int))}, "several labels"),
     ({"train": part(np.zeros((40, 3)), np.linspace(0, 1, 40))}, "measured values"),
     ({"train": part(np.full((40, 3), np.nan), np.arange(40) % 2)}, "not finite"),

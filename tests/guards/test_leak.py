@@ -7,7 +7,7 @@ import string
 import numpy as np
 import pytest
 
-from ft import guards
+from ft import guards, overlaps
 from ft.data import formats, sources
 from ft.guards import leak, overfit
 
@@ -265,7 +265,7 @@ def test_many_rows_are_sampled_and_the_number_is_said():
 
 def test_outputs_without_an_index_are_of_all_rows():
   planted, _ = text_case()
-  part = leak.Part(len(planted), np.arange(len(planted)), [], [], [], None, None)
+  part = overlaps.Part(len(planted), np.arange(len(planted)), [], [], [], None, None)
   assert leak._places({"logits": planted}, part).tolist() == list(range(len(planted)))
   assert leak._places({"logits": planted[:7]}, part) is None
   assert leak._places({"logits": planted[:7], "index": np.arange(7)}, part) is None
