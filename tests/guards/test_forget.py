@@ -43,7 +43,7 @@ def classified(tiny, tmp_path_factory):
   texts.write_text("\n".join(" ".join(rng.choice(words, 6)) for _ in range(90)))
   source = learnt(tiny.model, folder / "model")
   flags = [*QUICK, ("model.source", str(source)), ("guard.forget.source", str(texts)),
-           ("guard.forget.probe.source", str(tiny.csv)), ("data.per_label", "30")]
+           ("guard.forget.probe.source", str(tiny.csv)), ("data.validation_fraction", "0.3")]
   return folder, train.train(config.load(str(tiny.config), flags), folder / "run"), tiny, texts
 
 
