@@ -67,7 +67,7 @@ def gather(config, context):
   if context.tuned.only_head and not context.final.state.mutable:
     return {"only_head": True}
   base, tuned = retention.sides(context)
-  if retention.untrained(base):
+  if retention.untrained(run, base):
     raise guards.Missing("nothing was pretrained: the checkpoint's weights are random")
   asker = retention.Asker(run, base, tuned)
   found = {"missing": [], "tradeoff": list(context.final.tradeoff)}
