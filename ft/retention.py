@@ -71,14 +71,17 @@ def sides(context) -> tuple[Side, Side]:
               before, trees.get("frozen", final.frozen)), after
 
 
-def untrained(side: Side) -> bool:
+def untrained(run, side: Side) -> bool:
   """Whether a model's weights are as they were drawn: no offset or scale has ever moved.
 
   Training moves every bias from 0 and every scale of a norm from 1; both are vectors of one value
-  as long as nothing was learnt. A model without any such vector counts as trained.
+  as long as nothing was learnt. A model without any such vector counts as trained. What no
+  checkpoint gave is left out: it is the tuned one's on both sides.
   """
-  vectors = [leaf for path, leaf in tune.flatten(side.variables()).items()
-             if path.startswith(("params/", "batch_stats/")) and np.size(leaf) > 1
+  flat = tune.flatten(side.variables())
+  made = averaging.fresh(run, flat)
+  vectors = [leaf for path, leaf in flat.items() if path not in made and np.size(leaf) > 1
+             and path.startswith(("params/", "batch_stats/"))
              and np.ndim(leaf) == 1 + stacking.is_stacked(path)]
   return bool(vectors) and all(float(jnp.max(leaf)) == float(jnp.min(leaf)) or _by_layer(leaf)
                                for leaf in vectors)

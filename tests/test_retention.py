@@ -137,12 +137,16 @@ def test_weights_that_were_never_trained_are_known(tmp_path):
   made = text_models.export(tmp_path / "m", "marian")
   side = retention.Side(tune.combine, None, state.State(None, None, made.variables, {}, None, None),
                         {})
-  assert retention.untrained(side)
+  run = types.SimpleNamespace(pretrained=made)
+  assert retention.untrained(run, side)
   flat = tune.flatten(made.variables)
   path = next(path for path in flat if path.endswith("bias"))
   flat[path] = flat[path].at[0].add(1e-3)
   learnt = side.state.replace(trainable=tune.unflatten(flat))
-  assert not retention.untrained(retention.Side(tune.combine, None, learnt, {}))
+  side = retention.Side(tune.combine, None, learnt, {})
+  assert not retention.untrained(run, side)
+  made.report.initialised = [path]  # a new head says nothing about the checkpoint
+  assert retention.untrained(run, side)
 
 
 def context(made, folder, tuned, trained):

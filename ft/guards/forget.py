@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 from ml_collections import config_dict
 
-from ft import errors, guards, retention, stats
+from ft import errors, guards, retention, stats, tune
 from ft import models as families
 from ft.data import loader as loaders
 from ft.data import sources
@@ -33,7 +33,7 @@ KEYS = {
     "column": ("text", "column of its texts"),
     "rows": (512, "most rows that both models are asked", (32, None)),
     "tokens": (64, "general texts of more tokens than this are left out", (8, None)),
-    "share": (0.1, "most that asking may compute, over what training computed", (0.0, None)),
+    "share": (0.05, "most that asking may compute, over what training computed", (0.0, None)),
     "probe": (None, "another task: {source, columns, …} of rows with labels, as in data.extra",
               "dict"),
     "nats": (0.1, "nats a token of general text more than before that count as a warning",
@@ -67,7 +67,7 @@ def gather(config, context):
   if context.tuned.only_head and not context.final.state.mutable:
     return {"only_head": True}
   base, tuned = retention.sides(context)
-  if retention.untrained(base):
+  if retention.untrained(run, base):
     raise guards.Missing("nothing was pretrained: the checkpoint's weights are random")
   asker = retention.Asker(run, base, tuned)
   found = {"missing": [], "tradeoff": list(context.final.tradeoff)}
@@ -166,8 +166,8 @@ def read_texts(config):
 def _divergence(config, context, asker, found):
   """How far the answers to the run's own validation rows are from those of the base."""
   run, task = context.run, context.run.task
-  fresh = any(path.startswith(tuple(run.pretrained.head))
-              for path in run.pretrained.report.initialised) if run.pretrained.head else False
+  fresh = any(tune.under(path, run.pretrained.head)
+              for path in run.pretrained.report.initialised)
   kind = "drift" if fresh and hasattr(task, "drift") else "divergence"
   if not hasattr(task, kind):
     raise guards.Missing(f"divergence: task.name={run.config.task.name} has no distribution to "
@@ -199,7 +199,7 @@ def _similarity(config, context, asker, found):
   if base is None:
     examples = loaders.take(context.examples["validation"], _limit(config, context), 0)
     inputs = "validation rows"
-    base, tuned = asker(retention.pooled(run.task.features), examples, _size(run), _buckets(run))
+    base, tuned = asker(retention.pooled(_own_pass(run)), examples, _size(run), _buckets(run))
   count = len(base["index"])
   if count < FEWEST:
     raise guards.Missing(f"similarity of layers: {count} rows, fewer than {FEWEST}")
@@ -247,6 +247,15 @@ def _weights(config, context, asker, found):
   if tuned.merge is None or context.run.config.tune.quantize != "none":
     raise guards.Missing("change of weights: this way of tuning leaves none that could be compared")
   return {"weights": retention.moved(tuned, asker.base, asker.tuned)}
+
+
+def _own_pass(run):
+  """As `_forward`, of the run's own rows, which the task knows how to read."""
+  def own_pass(apply, variables, batch):
+    run.task.features(apply, variables, batch)
+    return {}
+
+  return own_pass
 
 
 def _forward(run):
