@@ -97,7 +97,7 @@ def plan(config) -> tuple[dict, list[dict], list[str]]:
   rows = len(data.splits["train"])
   if task == "classify" and len(labels) > 1:
     shared |= length(rows, len(labels))
-    found, why = classifying(sorted(labels)[len(labels) // 2], rows, len(labels),
+    found, why = classifying(sorted(labels)[(len(labels) - 1) // 2], rows, len(labels),
                              "text" in data.columns)
     reasons += [why]
   else:
@@ -140,7 +140,8 @@ def classifying(per_class: int, rows: int, classes: int, texts: bool) -> tuple[l
   """The portfolio of a classifier, cheapest and likeliest first, and why.
 
   Args:
-    per_class: rows of the class in the middle. rows, classes: of train. texts: rows have a text.
+    per_class: rows of the class in the middle (of two, the smaller). rows, classes: of train.
+    texts: whether rows have a text.
   """
   said = f"{rows:,} rows, {classes} classes, {per_class:,} rows in the one in the middle: "
   probe = {"tune.method": "head", "optim.rate": 1e-2}
@@ -155,9 +156,11 @@ def classifying(per_class: int, rows: int, classes: int, texts: bool) -> tuple[l
       + (", contrastive pairs (SetFit)" if texts else "") + " and LoRA")
   if per_class > MANY and rows > 5000:
     return [probe, *full, lora[0]], said + (
-      f"above {MANY:,} a class, full fine-tuning at {len(full)} rates, LoRA and the frozen probe")
+      f"above {MANY:,} a class and 5,000 in all, full fine-tuning at {len(full)} rates, LoRA and "
+      "the frozen probe")
   return [probe, *lora, full[0]], said + (
-    f"up to {MANY:,} a class, LoRA at {len(lora)} rates, full fine-tuning and the frozen probe")
+    f"up to {MANY:,} a class or 5,000 in all, LoRA at {len(lora)} rates, full fine-tuning and the "
+    "frozen probe")
 
 
 def tuned(methods, more: dict | None = None) -> list[dict]:

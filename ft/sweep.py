@@ -50,7 +50,7 @@ class Settings:
     keep, rung: of halving, and its first step; 0: a hundredth of the first whole trial's.
     minutes: budget, from which no further trial starts and the running one ends; 0: none. The first
       one always goes to its end.
-    seed: of what is tried.
+    seed: of what is tried; workers on one server draw freely.
   """
 
   trials: int = 20
@@ -95,32 +95,53 @@ class Sweep:
       raise errors.UserError(f"--workdir={folder}: cannot write there ({error.strerror})") from None
     self.optuna = errors.require("optuna", "sweep")
     self.optuna.logging.set_verbosity(self.optuna.logging.WARNING)
-    self.study = self._open(storage or f"sqlite:///{self.folder.absolute() / 'sweep.db'}",
-                            name or self.folder.name)
-    self._check(name or self.folder.name)
+    name = name or self.folder.name
+    self.study, made = self._open(storage or f"sqlite:///{self.folder.absolute() / 'sweep.db'}",
+                                  name)
+    if not made:  # another worker may be about to ask for the first trials
+      _wait(lambda: "ready" in self.study.user_attrs)
+    self._check(name)
     for point in [*first, *self._grid()]:
       self._ask(point)
+    self.study.set_user_attr("ready", True)
 
   # The database.
 
-  def _open(self, url, name):
+  def _open(self, url, name) -> tuple:
+    """(study, whether it is new)."""
     o, s = self.optuna, self.settings
     pruner = {"median": o.pruners.MedianPruner(n_startup_trials=4),
               "halving": o.pruners.SuccessiveHalvingPruner(s.rung or "auto",
                                                            reduction_factor=s.keep),
               "none": o.pruners.NopPruner()}[s.pruner]
+    how = {"study_name": name, "storage": self._storage(url), "pruner": pruner}
     try:
-      with warnings.catch_warnings():
-        warnings.simplefilter("ignore", o.exceptions.ExperimentalWarning)
-        storage = o.storages.RDBStorage(
-          url, heartbeat_interval=HEARTBEAT, grace_period=3 * HEARTBEAT,
-          heartbeat_stale_trial_callback=lambda study, trial: self._ask_again(trial))
-      return o.create_study(storage=storage, study_name=name, direction="maximize", pruner=pruner,
-                            sampler=o.samplers.TPESampler(seed=s.seed, n_startup_trials=5),
-                            load_if_exists=True)
-    except Exception as error:  # noqa: BLE001 (each driver has errors of its own)
-      raise errors.UserError(f"--storage={url.split('@')[-1]}: cannot be opened "
-                             f"({type(error).__name__}: {str(error).splitlines()[0]})") from None
+      study, made = o.create_study(direction="maximize", **how), True
+    except o.exceptions.DuplicatedStudyError:
+      study, made = o.load_study(**how), False
+    # Workers, and a search that goes on, must not draw the same again.
+    seed = s.seed + len(study.trials) if url.startswith("sqlite:") else None
+    study.sampler = o.samplers.TPESampler(seed=seed, n_startup_trials=5)
+    return study, made
+
+  def _storage(self, url):
+    o, shown = self.optuna, url.split("@")[-1]
+    for last in (False, False, True):  # two workers that make the tables at once disturb each other
+      try:
+        with warnings.catch_warnings():
+          warnings.simplefilter("ignore", o.exceptions.ExperimentalWarning)
+          return o.storages.RDBStorage(
+            url.replace("postgresql://", "postgresql+psycopg://", 1),
+            heartbeat_interval=HEARTBEAT, grace_period=3 * HEARTBEAT,
+            heartbeat_stale_trial_callback=lambda study, trial: self._ask_again(trial))
+      except ImportError as error:
+        raise errors.UserError(f"--storage={shown}: its driver is not installed; `pip install -e "
+                               f"'.[sweep]'` brings PostgreSQL's ({error})") from None
+      except Exception as error:  # noqa: BLE001 (each driver has errors of its own)
+        if last:
+          raise errors.UserError(f"--storage={shown}: cannot be opened ({type(error).__name__}: "
+                                 f"{str(error).splitlines()[0]})") from None
+        time.sleep(1)
 
   def _check(self, name) -> None:
     said = json.loads(json.dumps({"config": config_lib.to_json(self.base),
@@ -370,6 +391,13 @@ def _value(config, key: str):
   for part in key.split("."):
     config = config[part]
   return config
+
+
+def _wait(until: Callable, seconds: float = 30) -> None:
+  """Waits until something holds, but no longer than that."""
+  end = time.monotonic() + seconds
+  while not until() and time.monotonic() < end:
+    time.sleep(0.2)
 
 
 def _inside_out(values: list) -> list:

@@ -5,8 +5,8 @@ r"""Searches settings on Optuna: rates first, then the rest; test is judged once
 
 KEY=log:LOW:HIGH and KEY=LOW:HIGH are ranges, KEY=A,B,… a choice; a key that a trial's components do
 not read is left out of it. Trials are folders of ordinary runs, chosen by validation. The same
-command resumes. Workers on many machines share --storage=postgresql://user:password@host/db (and
-its driver, psycopg2) and, for the winner's sake, a --workdir. Leaves sweep.html and sweep.json.
+command resumes. Workers on many machines share --storage=postgresql://user:password@host/db and,
+for the winner's sake, a --workdir. Leaves sweep.html and sweep.json.
 """
 
 import json

@@ -3,9 +3,12 @@
 import json
 import math
 import os
+import pathlib
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 
 import conftest
 import pytest
@@ -228,6 +231,53 @@ def test_two_workers_share_one_search(tmp_path):
     worker.go()
   assert len(workers[0].train.seen) == len(workers[1].train.seen) == 3
   assert workers[0].best().number == workers[1].best().number
+
+
+@pytest.fixture
+def server(tmp_path):
+  """The URL of a PostgreSQL server on a socket of its own, which refuses to run as root."""
+  if not (shutil.which("initdb") and shutil.which("pg_ctl")):
+    pytest.skip("needs PostgreSQL's initdb and pg_ctl")
+  data = pathlib.Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))
+  who = {"user": "nobody"} if os.geteuid() == 0 else {}
+  if who:
+    shutil.chown(data, "nobody")
+  options = f"-c listen_addresses='' -c unix_socket_directories={data}"
+  start = ["pg_ctl", "-D", f"{data}/db", "-w", "-l", f"{data}/log", "-o", options, "start"]
+  quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": data}
+  try:
+    subprocess.run(["initdb", "-D", f"{data}/db", "-U", "ft", "-A", "trust"], check=True, **quiet,
+                   **who)
+    subprocess.run(start, check=True, **quiet, **who)
+    yield f"postgresql://ft@/postgres?host={data}"
+    subprocess.run(["pg_ctl", "-D", f"{data}/db", "-m", "fast", "stop"], check=True, **quiet, **who)
+  finally:
+    shutil.rmtree(data, ignore_errors=True)
+
+
+def test_workers_at_once_share_a_postgresql_server(server, tmp_path):
+  pytest.importorskip("psycopg")
+  code = f"""
+import pathlib, sys
+sys.path.insert(0, {str(conftest.ROOT / "tests")!r})
+import test_sweep
+from ft import search_space, sweep
+trainer = test_sweep.Trainer()
+sweep.Sweep(test_sweep.load, pathlib.Path(sys.argv[1]), search_space.read([test_sweep.RATE]),
+            sweep.Settings(trials=12), {server!r}, "shared", train=trainer).go()
+print(len(trainer.seen))
+"""
+  workers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / name)],
+                              cwd=conftest.ROOT, stdout=subprocess.PIPE, text=True)
+             for name in ("a", "b")]
+  done = [int(worker.communicate(timeout=200)[0]) for worker in workers]
+  assert 12 <= sum(done) <= 13  # both may begin the last one
+  found = sweep.Sweep(load, tmp_path / "c", search_space.read([RATE]), sweep.Settings(trials=12),
+                      server, "shared", train=Trainer())
+  record = found.record()
+  assert len(record["trials"]) == sum(done)
+  rates = [round(row["point"]["optim.rate"], 12) for row in record["trials"]]
+  assert sum(rates.count(rate) > 1 for rate in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)) == 0
 
 
 def test_settings_outside_the_space_are_tried_first(tmp_path):

@@ -32,7 +32,7 @@ def _table(points, predicted, unit, metric):
            _cell(row, metric)] for row in points]
   rows += [[f"{row['n']:,}", f"predicted, {row['times']} times the rows", _cell(row, metric)]
            for row in predicted]
-  return el.table(f"Error of the probe by training rows, {unit}, with 95 % interval",
+  return el.table(f"Error of the probe by training rows ({unit}), with 95 % interval",
                   ["rows", "", ("error", "n")], rows)
 
 
