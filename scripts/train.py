@@ -19,7 +19,7 @@ flags.DEFINE_string("workdir", "", "folder of the run, made if absent; a run in 
 
 
 def main(_):
-  from ft import auto, compilation, errors, seeds, train
+  from ft import auto, compilation, control, errors, seeds, train
 
   if not flags.FLAGS.workdir:
     raise errors.UserError("--workdir=DIR is missing: the folder that will hold the run")
@@ -29,6 +29,8 @@ def main(_):
     raise errors.UserError("auto and seeds: race first, then run the winner with several seeds")
   start = auto.train if config.auto else seeds.train if config.seeds > 1 else train.train
   start(config, flags.FLAGS.workdir, "python " + shlex.join(sys.argv))
+  if config.guard.cost.scratch:
+    control.from_scratch(config, flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ def section(record):
   signatures = record["task"].get("signatures")
   scored = el.details("How it was scored", el.tree_facts(signatures)) if signatures else None
   return join([h("div", panels, cls="figures"), _table(record, splits, unit), _resampled(record),
-               seeds.section(record), _more_metrics(record), scored, _origin(record), _tradeoff(record)])
+               seeds.section(record), _more_metrics(record), scored, _origin(record),
+               _tradeoff(record)])
 
 
 def _panel(split, entries, metric, low, high):
