@@ -21,8 +21,9 @@ _MODEL, _ADAPTER = "model", "adapter"  # Folders of a run that weights are expor
 # Kinds of problems as the Hub names them, by task and, where it matters, by what the model reads.
 _PIPELINES = {
     "classify": {"text": "text-classification", "image": "image-classification",
-                 "audio": "audio-classification"},
-    "few_shot": "text-classification", "regress": {"text": "text-classification"},
+                 "audio": "audio-classification", "table": "tabular-classification"},
+    "few_shot": "text-classification",
+    "regress": {"text": "text-classification", "table": "tabular-regression"},
     "tag": "token-classification", "embed": "sentence-similarity", "lm": "text-generation",
     "chat": "text-generation", "prefer": "text-generation", "masked_lm": "fill-mask",
     "forecast": "time-series-forecasting", "segment": "image-segmentation",
@@ -30,7 +31,7 @@ _PIPELINES = {
 _METRICS = {"macro_f1": "f1", "entity_f1": "f1", "auroc": "roc_auc", "miou": "mean_iou",
             "rouge1": "rouge", "rouge2": "rouge", "rouge_l": "rouge", "spearman": "spearmanr"}
 _GENERAL = re.compile(r"(train|val|valid|validation|dev|test|data|raw|rows|/)([-_\d].*)?", re.I)
-_OURS = ("chronos_bolt", "efficientnet", "sasrec", "ttm")  # Families that transformers lacks.
+_OURS = ("chronos_bolt", "efficientnet", "sasrec", "tabular", "ttm")  # Families that transformers lacks.
 
 
 def write_beside(record, run):

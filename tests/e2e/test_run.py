@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from commands import script
+from huggingface_hub import ModelCard
 
 ROWS = ["a great warm film", "dull and grim plot"]
 
@@ -20,7 +21,7 @@ def run(tiny, tmp_path_factory):
 def test_the_folder_holds_what_was_promised(run):
   folder, done = run
   names = ("config.json", "metrics.jsonl", "card.json", "card.html", "model/config.json",
-           "model/model.safetensors", "model/tokenizer.json", "model/ft.json")
+           "model/model.safetensors", "model/tokenizer.json", "model/ft.json", "model/README.md")
   assert all((folder / name).is_file() for name in names)
   assert list(folder.glob("events.out.tfevents.*"))
   assert "fine-tuned" in done.stderr and "scripts/predict.py" in done.stderr
@@ -81,6 +82,9 @@ def test_export_hf_is_bitwise_and_stablehlo_runs_without_ft(tiny, run, tmp_path)
   weights = [p / "model.safetensors" for p in (folder / "model", tmp_path / "hf")]
   assert weights[0].read_bytes() == weights[1].read_bytes()
   script("export", f"--run={folder}", "--format=stablehlo", f"--output={tmp_path / 's'}")
+  found = [ModelCard.load(p / "README.md").data for p in (tmp_path / "hf", tmp_path / "s")]
+  assert [data.library_name for data in found] == ["transformers", "ft"]
+  assert found[0].eval_results and found[0].eval_results == found[1].eval_results
   program = jax.export.deserialize(bytearray((tmp_path / "s" / "model.stablehlo").read_bytes()))
   for batch, length in ((1, 5), (3, 9)):
     ids = np.full((batch, length), 5, np.int32)
