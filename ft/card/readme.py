@@ -31,7 +31,8 @@ _PIPELINES = {
 _METRICS = {"macro_f1": "f1", "entity_f1": "f1", "auroc": "roc_auc", "miou": "mean_iou",
             "rouge1": "rouge", "rouge2": "rouge", "rouge_l": "rouge", "spearman": "spearmanr"}
 _GENERAL = re.compile(r"(train|val|valid|validation|dev|test|data|raw|rows|/)([-_\d].*)?", re.I)
-_OURS = ("chronos_bolt", "efficientnet", "sasrec", "tabular", "ttm")  # Families that transformers lacks.
+# Families that transformers lacks.
+_OURS = ("chronos_bolt", "efficientnet", "sasrec", "tabular", "ttm")
 
 
 def write_beside(record, run):
