@@ -16,6 +16,10 @@ model before training, the baseline is word counts of train (unigram). For a che
 head, such as a BERT or ModernBERT, give --config.model.source; a T5 takes task.name=span_lm.
 
 rate: of training; steps; folder: where captions lie, "" for none.
+
+Measured, seed 0, one busy CPU core; nats a token, 95 % intervals. objective=masked, 11.5 minutes:
+test 5.313 [5.126, 5.480], unigram 7.248 [7.117, 7.372], untrained head 10.760; captions 4.568,
+unigram 6.685; 26 % of the hidden tokens are told right.
 """
 
 ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz/hutto_ICWSM_2014"
