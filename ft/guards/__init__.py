@@ -28,7 +28,8 @@ VERDICTS = ("ok", "warning", "alarm", "not measured")
 # Names of the rows of every results table, in reading order; other baselines come between.
 TUNED, PROBE, MAJORITY, ZERO_SHOT = "fine-tuned", "probe", "majority", "zero-shot"
 NAMES = {PROBE: "frozen probe", MAJORITY: "majority class", ZERO_SHOT: "pretrained model",
-         "mean-image": "distance to the mean image", "nearest-image": "nearest whole image"}
+         "knn": "kNN", "mean-image": "distance to the mean image",
+         "nearest-image": "nearest whole image"}
 
 
 @dataclasses.dataclass

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ft import abstaining, errors, mixing, screening, stats
+from ft import abstaining, errors, mixing, neighbours, screening, stats
 
 KEYS = {
   "labels_kind": ("single", "one label an example, or several (a list, or a|b)",
@@ -32,6 +32,8 @@ KEYS = {
   "prevalence": (0.0, "share of positives that predictive values and net benefit are stated for; "
                  "0: that of each split", (0.0, 1.0)),
   "positive": ("", "label that counts as positive; empty: the second of two"),
+  "neighbours": (0, "k of the baseline that asks the k nearest training rows, by cosine of the "
+                 "untuned features; 0: none", (0, None)),
   "metric": ("accuracy", "what the best checkpoint is chosen by",
              ["accuracy", "macro_f1", "auroc"]),
 }
@@ -409,14 +411,16 @@ class Task:
       features: split -> {"features": (N, D), "label"}, with at least "train".
 
     Returns:
-      "majority" (the shares of train) and "probe" (logistic regression on the features, its
-      regularisation chosen on validation) -> split -> {"logits": (N, C), "label"}.
+      "majority" (the shares of train), "probe" (logistic regression on the features, its
+      regularisation chosen on validation) and, with task.neighbours, "knn" (`ft/neighbours.py`)
+      -> split -> {"logits": (N, C), "label"}.
     """
     train = features["train"]
     prior = np.asarray(self._log_prior, np.float32)
     found = {"majority": lambda x: np.broadcast_to(prior, (len(x), len(prior)))}
-    validation = features.get("validation")
-    found["probe"] = self._probe(train, validation)
+    if k := self._config.neighbours:
+      found["knn"] = lambda x: neighbours.logits(x, train["features"], train["label"], k, prior)
+    found["probe"] = self._probe(train, features.get("validation"))
     return {name: {split: {"logits": logits(part["features"]), "label": part["label"]}
                    for split, part in features.items()}
             for name, logits in found.items()}
