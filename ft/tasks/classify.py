@@ -40,6 +40,7 @@ KEYS = {
 
 # What a batch holds beside the model's inputs.
 BOOKKEEPING = ("label", "weight", "index", "stop")
+BEST = 5  # labels among which the true one may be, in a metric beside accuracy
 STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # of the probe: inverse regularisation
 
 
@@ -276,10 +277,11 @@ class Task:
   def metrics(self, outputs: dict) -> dict[str, float]:
     """Returns the metrics of a split, at temperature 1.
 
-    accuracy (multi: all labels of a row right), macro_f1, auroc, log_loss, ece, and recall/<label>
-    of the classes that occur. All are NaN where a logit is not finite. Where labels are unknown:
-    accuracy over all rows, the rest over the known ones, and what `abstaining.measure` gives. With
-    task.specificity also sensitivity_at_specificity.
+    accuracy (multi: all labels of a row right), macro_f1, auroc, log_loss, ece, recall/<label> of
+    the classes that occur, and top5_accuracy where there are more than five. All are NaN where a
+    logit is not finite. Where labels are unknown: accuracy over all rows, the rest over the known
+    ones, and what `abstaining.measure` gives. With task.specificity also
+    sensitivity_at_specificity.
 
     Args:
       outputs: "logits" (N, C), "label" (N,) or (N, C).
@@ -295,12 +297,20 @@ class Task:
       "accuracy": whole, **open_,
       "macro_f1": stats.macro_f1(decisions, label),
       "auroc": stats.auroc(probabilities, label),
+      **self._among_best(logits, label),
       "log_loss": stats.log_loss(probabilities, label),
       "ece": stats.ece(probabilities, label),
       **self._recalls(decisions, label),
       **(self._screening.measure(probabilities, label) if self._screening else {}),
     }
     return {key: float(value) if finite else float("nan") for key, value in found.items()}
+
+  def _among_best(self, logits, label) -> dict[str, float]:
+    """Returns {"top5_accuracy"} where there are more than five classes, one a row."""
+    if self.multi or len(self.labels) <= BEST or not len(label):
+      return {}
+    best = np.argpartition(-logits, BEST - 1, axis=1)[:, :BEST]
+    return {f"top{BEST}_accuracy": (best == label[:, None]).any(axis=1).mean()}
 
   def _recalls(self, decisions, label) -> dict[str, float]:
     of = {i: (label[:, i] > 0 if self.multi else label == i) for i in range(len(self.labels))}

@@ -255,6 +255,15 @@ def test_metrics_equal_sklearn():
   assert task.score(out).mean() == pytest.approx(found["accuracy"])
 
 
+def test_top_five_equals_sklearn():
+  metrics = pytest.importorskip("sklearn.metrics")
+  out, names = outputs(classes=7), list("abcdefg")
+  found = make(names).metrics(out)["top5_accuracy"]
+  np.testing.assert_allclose(
+    found, metrics.top_k_accuracy_score(out["label"], out["logits"], k=5, labels=range(7)))
+  assert "top5_accuracy" not in make(names[:5]).metrics(outputs(classes=5))
+
+
 def test_binary_auroc_is_of_the_last_label():
   metrics = pytest.importorskip("sklearn.metrics")
   out = outputs(classes=2)
