@@ -32,6 +32,8 @@ KEYS = {
   "prevalence": (0.0, "share of positives that predictive values and net benefit are stated for; "
                  "0: that of each split", (0.0, 1.0)),
   "positive": ("", "label that counts as positive; empty: the second of two"),
+  "unseen": ("error", "labels that train lacks: an error, or classes of which nothing is learnt",
+             ["error", "class"]),
   "neighbours": (0, "k of the baseline that asks the k nearest training rows, by cosine of the "
                  "untuned features; 0: none", (0, None)),
   "metric": ("accuracy", "what the best checkpoint is chosen by",
@@ -79,7 +81,9 @@ class Task:
     if config.labels_kind == "multi" and config.coverage:
       raise errors.UserError("task.coverage is for one label an example; set it to 0")
     named = {name: _named_labels(rows, config.labels_kind) for name, rows in data.splits.items()}
-    labels = _order({label for names in named["train"] for label in names})
+    known = named.values() if config.unseen == "class" else [named["train"]]
+    labels = _order({label for rows in known for names in rows for label in names}
+                    - set(getattr(data, "unknown", ())))
     if config.labels_kind == "multi" and config.specificity:
       raise errors.UserError("task.specificity is for one label an example; set it to 0")
     self._settle(config.labels_kind, labels, config.metric, preprocess,
@@ -87,9 +91,10 @@ class Task:
                  (config.positive, config.specificity, config.prevalence))
     for name, rows in data.splits.items():
       self._check_known(named[name], rows)
-    if len(labels) < 2 - self.multi:
+    there = _order({label for names in named["train"] for label in names})
+    if len(there) < 2 - self.multi:
       raise errors.UserError(
-        f"train has the label {', '.join(labels) or '(none)'} only; a classifier needs two"
+        f"train has the label {', '.join(there) or '(none)'} only; a classifier needs two"
       )
     self._config = config
     counts = np.zeros(len(labels))
@@ -118,6 +123,8 @@ class Task:
       balanced = np.stack([0.5 / (1 - share), 0.5 / share])
       self._class_weights = balanced if weighted else np.ones((2, classes))
     else:
+      if not counts.all():  # as above, for classes that task.unseen adds
+        share = (counts + 0.5) / (rows + 0.5 * classes)
       self._log_prior = np.log(share)
       self._class_weights = 1 / (classes * share) if weighted else np.ones(classes)
 
@@ -470,7 +477,16 @@ def probes(features, label, classes: int):
     bias = np.concatenate([bias for _, bias in parts])
     if label.ndim == 1 and kernel.shape[1] == 1:
       kernel, bias = np.concatenate([0 * kernel, kernel], axis=1), np.concatenate([0 * bias, bias])
+    if label.ndim == 1 and kernel.shape[1] < classes:
+      kernel, bias = _spread(kernel, bias, np.unique(label), classes)
     yield _Linear(centre, size, kernel, bias)
+
+
+def _spread(kernel, bias, seen, classes: int) -> tuple:
+  """Returns (kernel (D, C), bias (C,)) of those of the classes seen; the rest are very unlikely."""
+  wide = np.zeros((len(kernel), classes), kernel.dtype), np.full(classes, bias.min() - 10.0)
+  wide[0][:, seen], wide[1][seen] = kernel, bias
+  return wide
 
 
 class _Linear:
