@@ -4,6 +4,7 @@
     python scripts/bench.py generate | load | compile
     python scripts/bench.py methods [--rows=full,lora] [--data=DIR] [--keep=FILE]
     python scripts/bench.py packing [--data=DIR]
+    python scripts/bench.py loader
 
 step: one training step (forward, backward, AdamW), float32, dropout on, the same batch on both
 sides. Both take turns in one process; median and range of the rounds are printed, and the peak
@@ -15,8 +16,10 @@ with model.scan.
 methods: every way to tune on one small real problem, see bench_methods.py; with --keep the rows are
 added to a file, and those it has are not measured again.
 packing: tokens a second of packed and of padded rows of conversations, see bench_packing.py.
-All but `compile`, `methods` and `packing` compare with torch and transformers: they need the extra
-`test`.
+loader: images and sounds decoded by the loader alone beside what the step of EfficientNet-Lite0
+consumes, see bench_loader.py.
+All but `compile`, `methods`, `packing` and `loader` compare with torch and transformers: they need
+the extra `test`.
 """
 
 import importlib.util
@@ -348,6 +351,20 @@ def packing_table(results):
   return packing.table(results)
 
 
+def bench_loader():
+  """Times decoding beside the step it feeds; see bench_loader.py."""
+  import bench_loader as loading
+
+  return loading.measure(FLAGS.rounds, STEPS["efficientnet-lite0"][2])
+
+
+def loader_table(results):
+  """Returns the results of `loader` as a Markdown table."""
+  import bench_loader as loading
+
+  return loading.table(results)
+
+
 def seconds_table(results):
   """Returns seconds of two sides as a Markdown table."""
   first, second = results[0]["times"]
@@ -424,7 +441,7 @@ def machine():
 COMMANDS = {"step": (bench_step, step_table), "generate": (bench_generate, generate_table),
             "load": (bench_load, seconds_table), "compile": (bench_compile, seconds_table),
             "methods": (bench_methods, methods_table),
-            "packing": (bench_packing, packing_table)}
+            "packing": (bench_packing, packing_table), "loader": (bench_loader, loader_table)}
 
 
 def main(argv):

@@ -7,7 +7,8 @@ from ft.guards import overfit
 
 _WEIGHT = ("alarm", "warning", "ok", "not measured")
 _ORDER = ("gained", "did not gain", "lost", "not measured")
-METRICS = {"macro_f1": "macro-F1", "auroc": "AUROC", "log_loss": "log-loss", "ece": "ECE",
+METRICS = {"top5_accuracy": "top-5 accuracy", "macro_f1": "macro-F1", "auroc": "AUROC",
+           "log_loss": "log-loss", "ece": "ECE",
            "nats_per_token": "nats/token", "bits_per_byte": "bits/byte",
            "bleu": "BLEU", "chrf": "chrF", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2",
            "rouge_l": "ROUGE-L", "kl_to_reference": "KL to the reference, nats/token (estimate)",

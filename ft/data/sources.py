@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ft import errors
-from ft.data import formats, splits
+from ft.data import derived, formats, splits
 from ft.data.formats import plain
 from ft.weights import resolve
 
@@ -44,6 +44,8 @@ KEYS = {
                 ["", "standard", "none"]),
     "binarize": (None, "label from a number: column, at, margin (rows within are dropped), labels",
                  "dict"),
+    "derive": ("", "label made of other columns, by a rule of ft/data/derived.py: clevr-count, "
+               "clevr-distance, kitti-distance, dsprites-location, dsprites-orientation"),
     "validation_fraction": (0.1, "share of the training source carved for validation", (0.0, 0.9)),
     "test_fraction": (0.2, "share of the training source carved for test", (0.0, 0.9)),
     "stratify": (True, "whether carved splits keep the shares of the labels"),
@@ -240,7 +242,7 @@ def read(config, spec, *, name: str = "input", base=None, tables: dict | None = 
 
 def written(**given):
   """Returns how a file is written, as `table` reads it: defaults but for the keys given."""
-  keys = ("format", "header", "names", "encoding", "quoting", "pattern")
+  keys = ("format", "header", "names", "encoding", "quoting", "pattern", "derive")
   return types.SimpleNamespace(**{key: KEYS[key][0] for key in keys} | given)
 
 
@@ -286,9 +288,10 @@ def _table(config, location: str, split: str, base) -> formats.Table:
     if not kind and path.is_dir() and config.modality == "audio":
       kind = "audio"
   display = (location if fetched else str(path)) + (f":{split}" if split else "")
-  return _named(config, formats.read(path, formats.Options(
+  found = formats.read(path, formats.Options(
       format=kind, split=split, header=config.header, names=tuple(config.names or ()),
-      encoding=config.encoding, quoting=config.quoting, display=display)))
+      encoding=config.encoding, quoting=config.quoting, display=display))
+  return derived.add(_named(config, found), config.derive)
 
 
 def _named(config, table: formats.Table) -> formats.Table:

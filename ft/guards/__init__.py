@@ -29,7 +29,8 @@ VERDICTS = ("ok", "warning", "alarm", "not measured")
 TUNED, PROBE, MAJORITY, ZERO_SHOT = "fine-tuned", "probe", "majority", "zero-shot"
 REFERENCES = ("teacher",)  # rows that no verdict is about: what a student learns from
 NAMES = {PROBE: "frozen probe", MAJORITY: "majority class", ZERO_SHOT: "pretrained model",
-         "mean-image": "distance to the mean image", "nearest-image": "nearest whole image"}
+         "knn": "kNN", "mean-image": "distance to the mean image",
+         "nearest-image": "nearest whole image"}
 
 
 @dataclasses.dataclass

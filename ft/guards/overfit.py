@@ -16,11 +16,11 @@ KEYS = {
 }
 
 # Percentage points are how people speak of these metrics; any other is given in its own unit.
-SHARES = ("accuracy", "macro_f1", "auroc", "entity_f1", "entity_precision", "entity_recall", "mrr",
-          "ndcg@10", "hr@10", "recall@1", "recall@5", "recall@10", "unknown_auroc",
-          "unknown_auroc_energy", "accuracy_at_coverage", "likelihood_accuracy", "win_rate",
-          "sensitivity_at_specificity", "f1", "precision", "recall", "false_alarms",
-          "pixel_auroc", "pro", "miou", "pixel_accuracy", "mean_recall")
+SHARES = ("accuracy", "top5_accuracy", "macro_f1", "auroc", "entity_f1", "entity_precision",
+          "entity_recall", "mrr", "ndcg@10", "hr@10", "recall@1", "recall@5", "recall@10",
+          "unknown_auroc", "unknown_auroc_energy", "accuracy_at_coverage",
+          "likelihood_accuracy", "win_rate", "sensitivity_at_specificity", "f1", "precision",
+          "recall", "false_alarms", "pixel_auroc", "pro", "miou", "pixel_accuracy", "mean_recall")
 UNITS = {"nats_per_token": " nats/token"}
 MOST_VALUES = 20_000  # Rows whose scores are recorded one by one where they are not 0 or 1.
 

@@ -40,14 +40,12 @@ KEYS = {
 STRIDES = (8, 16)  # pixels a cell of the maps that are taken by default
 FILE = "bank.npz"  # beside the exported model
 SEED = 0  # of the patches that are drawn and of the coreset: the same bank whatever the run's seed
-_SAVED = ("maps", "neighbourhood", "distance", "score", "neighbours")
 
 
-class Task:
-  """Bank, scores, metrics and baselines of anomaly detection; pure functions, no loop.
+class Detector:
+  """What tasks share that score images and see nominal ones alone before they are judged.
 
-  Everywhere `apply(variables, inputs, rng)` returns the model's outputs, a dict with "feature_maps"
-  and "features". The bank is in variables["company"].
+  A task adds how images are scored (`predict`, which gives "score" and "map") and what is saved.
 
   Attributes:
     labels: names by index, the nominal one first.
@@ -65,6 +63,8 @@ class Task:
   needs = ("label",)
   head_features = True
   score = None
+  saved = ()  # keys of the config that prediction needs
+  _limit = None  # score above which an image is anomalous, where outputs do not say
 
   def __init__(self, config, data, preprocess):
     """Settles what is nominal, and leaves nothing else in train and validation.
@@ -78,20 +78,18 @@ class Task:
       UserError: no images, no nominal ones, or no labels in test.
     """
     if "image" not in data.columns:
-      raise errors.UserError("task.name=anomaly reads images; set data.modality=image")
-    if config.neighbourhood % 2 == 0:
-      raise errors.UserError(f"task.neighbourhood={config.neighbourhood} has no centre; take an "
-                             "odd number of cells")
+      raise errors.UserError("anomalies are found in images; set data.modality=image")
     if preprocess.augments:
-      raise errors.UserError("task.name=anomaly trains nothing, so that nothing is augmented; set "
-                             "data.crop and data.flip to none, data.rotate90 and data.colour off")
+      raise errors.UserError("what is nominal is learnt from images as they are, so nothing is "
+                             "augmented; set data.crop and data.flip to none, data.rotate90 and "
+                             "data.colour off")
     nominal = _nominal(config.nominal, data)
     kinds = {str(label) for rows in data.splits.values() for label in rows.labels or ()}
-    self._settle([nominal, *sorted(kinds - {nominal})], {key: config[key] for key in _SAVED},
+    self._settle([nominal, *sorted(kinds - {nominal})], {key: config[key] for key in self.saved},
                  preprocess)
-    self._config, self._test = config, data.splits["test"]
     for name in ("train", "validation"):
       _keep(data, name, nominal)
+    self._config, self._train, self._test = config, data.splits["train"], data.splits["test"]
 
   def _settle(self, labels, how, preprocess):
     self.labels, self._how, self.preprocess = list(labels), dict(how), preprocess
@@ -104,25 +102,11 @@ class Task:
     return {"labels": self.labels, **self._how}
 
   @classmethod
-  def from_spec(cls, spec: Mapping, preprocess) -> "Task":
+  def from_spec(cls, spec: Mapping, preprocess) -> "Detector":
     """Returns a task that can predict and describe, from what `spec` returned."""
     task = cls.__new__(cls)
-    task._settle(spec["labels"], {key: spec[key] for key in _SAVED}, preprocess)
+    task._settle(spec["labels"], {key: spec[key] for key in cls.saved}, preprocess)
     return task
-
-  def save(self, company: Mapping) -> dict[str, bytes]:
-    """Returns file name -> content of what prediction needs beside the model."""
-    file = io.BytesIO()
-    np.savez(file, **{key: np.asarray(value) for key, value in company.items()})
-    return {FILE: file.getvalue()}
-
-  def restore(self, folder) -> dict:
-    """Returns what `save` was given, from the folder (a pathlib.Path) of an exported model."""
-    try:
-      with np.load(folder / FILE, allow_pickle=False) as file:
-        return {key: file[key] for key in ("bank", "threshold")}
-    except (OSError, ValueError, KeyError) as e:
-      raise errors.UserError(f"{folder / FILE}: no readable bank of patches: {e}") from e
 
   def describe_task(self) -> dict:
     """Returns the card's fields about the task."""
@@ -134,7 +118,7 @@ class Task:
     """Returns preprocess(row) with "label" () int32 and, where rows have masks, "mask" (H, W)."""
     label = self.labels[0] if row.get("label") is None else str(row["label"])
     if label not in self.labels:
-      raise errors.RowError(f"label {label!r} was not there when the bank was made"
+      raise errors.RowError(f"label {label!r} was not there in training"
                             f"{errors.suggest(label, self.labels)}")
     made = {**self.preprocess(row), "label": np.asarray(self.labels.index(label), np.int32)}
     if "mask" in row:
@@ -145,59 +129,8 @@ class Task:
     """Returns preprocess(row)."""
     return self.preprocess(row)
 
-  def loss(self, apply: Callable, variables, batch: dict, rng) -> tuple:
-    """Returns sums over images: (scores, weight, {}). No gradient of it is of use."""
-    made = self.predict(apply, variables, batch)["score"]
-    return jnp.sum(made * batch["weight"]), jnp.sum(batch["weight"]), {}
-
-  def observe(self, apply: Callable, variables, batch: dict) -> dict:
-    """Returns {"patches": (B, h, w, D) float32}, what `fit` is made of."""
-    pixels = self.preprocess.finish({"pixel_values": batch["pixel_values"]})
-    maps = apply(variables, pixels, None)["feature_maps"]
-    chosen = feature_maps.pick(maps, self._how["maps"], batch["pixel_values"].shape[1], STRIDES)
-    return {"patches": feature_maps.patches(chosen, self._how["neighbourhood"])}
-
-  def fit(self, stream: Callable[[str], Iterable[dict]]) -> dict:
-    """Returns {"bank": (M, D), "threshold": ()}: all that is learnt.
-
-    Args:
-      stream: split -> batches of what `observe` returns.
-    """
-    c = self._config
-    points = self._draw(stream("train"), c.pool)
-    points = np.asarray(anomalies.unit(points)) if c.distance == "cosine" else points
-    count = max(1, round(c.coreset * len(points)))
-    bank = points[anomalies.select(points, count, c.projection, SEED)]
-    score = jax.jit(lambda images, bank: self._score(images, bank)[0])
-    scores = [np.asarray(score(part["patches"], bank)) for part in stream("validation")]
-    return {"bank": bank, "threshold": np.float32(self._threshold(np.concatenate(scores)))}
-
-  def _draw(self, stream, most: int) -> np.ndarray:
-    """Returns up to `most` patches (n, D) of a stream, each with the same chance (reservoir)."""
-    rng, kept, keys = np.random.default_rng(SEED), None, np.zeros(0)
-    for part in stream:
-      rows = np.asarray(part["patches"]).reshape(-1, part["patches"].shape[-1])
-      new = rng.random(len(rows))
-      kept, keys = (rows, new) if kept is None else (
-        np.concatenate([kept, rows]), np.concatenate([keys, new]))
-      if most and len(keys) > most:
-        smallest = np.sort(np.argpartition(keys, most)[:most])
-        kept, keys = kept[smallest], keys[smallest]
-    return kept
-
   def _threshold(self, scores) -> float:
     return float(np.quantile(scores, self._config.quantile))
-
-  def _score(self, patches, bank):
-    return anomalies.score(patches, bank, distance=self._how["distance"], how=self._how["score"],
-                           neighbours=self._how["neighbours"])
-
-  def predict(self, apply: Callable, variables, batch: dict) -> dict:
-    """Returns "score" (B,), "map" (B, h, w), "threshold" (B,), "label" and "mask" where given."""
-    company = variables[tune.COMPANY]
-    score, away = self._score(self.observe(apply, variables, batch)["patches"], company["bank"])
-    return {"score": score, "map": away, "threshold": jnp.full_like(score, company["threshold"]),
-            **{key: batch[key] for key in ("label", "mask") if key in batch}}
 
   def features(self, apply: Callable, variables, batch: dict) -> dict:
     """Returns "pixels" (B, H, W, 3) uint8, "features" (B, D) of whole images, and "label"."""
@@ -216,19 +149,26 @@ class Task:
     """
     score, label = np.asarray(outputs["score"], np.float64), np.asarray(outputs["label"])
     found = {"mean_score": score.mean(), "auroc": stats.auroc(score, label > 0)}
-    said, defect = score > np.asarray(outputs["threshold"]), label > 0
-    hits = (said & defect).sum()
-    found |= {"f1": _ratio(2 * hits, said.sum() + defect.sum()) if defect.any() else np.nan,
-              "precision": _ratio(hits, said.sum()), "recall": _ratio(hits, defect.sum()),
-              "false_alarms": _ratio((said & ~defect).sum(), (~defect).sum())}
+    limit = outputs.get("threshold", self._limit)
+    if limit is not None:
+      found |= self._decided(score > np.asarray(limit), label)
     for i, kind in enumerate(self.labels[1:], start=1):
       of, rows = label == i, (label == i) | (label == 0)
       if of.any():
-        found[f"recall/{kind}"] = said[of].mean()
         found[f"auroc/{kind}"] = stats.auroc(score[rows], of[rows])
     if "mask" in outputs and "map" in outputs:
       found |= self._pixels(outputs)
     return {key: float(value) for key, value in found.items()}
+
+  def _decided(self, said, label) -> dict:
+    """Returns the metrics of what is called a defect (N,), by the labels (N,)."""
+    defect = label > 0
+    hits = (said & defect).sum()
+    found = {"f1": _ratio(2 * hits, said.sum() + defect.sum()) if defect.any() else np.nan,
+             "precision": _ratio(hits, said.sum()), "recall": _ratio(hits, defect.sum()),
+             "false_alarms": _ratio((said & ~defect).sum(), (~defect).sum())}
+    return found | {f"recall/{kind}": said[label == i].mean()
+                    for i, kind in enumerate(self.labels) if i and (label == i).any()}
 
   def _pixels(self, outputs: dict) -> dict:
     masks = np.asarray(outputs["mask"])
@@ -239,10 +179,6 @@ class Task:
   def value(self, outputs: dict) -> float:
     """Returns the AUROC of images."""
     return stats.auroc(np.asarray(outputs["score"], np.float64), np.asarray(outputs["label"]) > 0)
-
-  def calibrate(self, outputs: dict) -> dict:
-    """Returns {"threshold": score above which an image is anomalous}, which `fit` has found."""
-    return {"threshold": float(outputs["threshold"][0])}
 
   def describe(self, outputs: dict, calibration: Mapping) -> dict:
     """Returns the answer for one image as JSON types: anomalous, score, threshold, and where.
@@ -308,6 +244,96 @@ class Task:
     return found
 
 
+class Task(Detector):
+  """Bank, scores, metrics and baselines of anomaly detection; pure functions, no loop.
+
+  Everywhere `apply(variables, inputs, rng)` returns the model's outputs, a dict with "feature_maps"
+  and "features". The bank is in variables["company"].
+  """
+
+  saved = ("maps", "neighbourhood", "distance", "score", "neighbours")
+
+  def __init__(self, config, data, preprocess):
+    """Settles what is nominal; see `Detector`.
+
+    Raises:
+      UserError: as there, or a neighbourhood without a centre.
+    """
+    if config.neighbourhood % 2 == 0:
+      raise errors.UserError(f"task.neighbourhood={config.neighbourhood} has no centre; take an "
+                             "odd number of cells")
+    super().__init__(config, data, preprocess)
+
+  def save(self, company: Mapping) -> dict[str, bytes]:
+    """Returns file name -> content of what prediction needs beside the model."""
+    file = io.BytesIO()
+    np.savez(file, **{key: np.asarray(value) for key, value in company.items()})
+    return {FILE: file.getvalue()}
+
+  def restore(self, folder) -> dict:
+    """Returns what `save` was given, from the folder (a pathlib.Path) of an exported model."""
+    try:
+      with np.load(folder / FILE, allow_pickle=False) as file:
+        return {key: file[key] for key in ("bank", "threshold")}
+    except (OSError, ValueError, KeyError) as e:
+      raise errors.UserError(f"{folder / FILE}: no readable bank of patches: {e}") from e
+
+  def loss(self, apply: Callable, variables, batch: dict, rng) -> tuple:
+    """Returns sums over images: (scores, weight, {}). No gradient of it is of use."""
+    made = self.predict(apply, variables, batch)["score"]
+    return jnp.sum(made * batch["weight"]), jnp.sum(batch["weight"]), {}
+
+  def observe(self, apply: Callable, variables, batch: dict) -> dict:
+    """Returns {"patches": (B, h, w, D) float32}, what `fit` is made of."""
+    pixels = self.preprocess.finish({"pixel_values": batch["pixel_values"]})
+    maps = apply(variables, pixels, None)["feature_maps"]
+    chosen = feature_maps.pick(maps, self._how["maps"], batch["pixel_values"].shape[1], STRIDES)
+    return {"patches": feature_maps.patches(chosen, self._how["neighbourhood"])}
+
+  def fit(self, stream: Callable[[str], Iterable[dict]]) -> dict:
+    """Returns {"bank": (M, D), "threshold": ()}: all that is learnt.
+
+    Args:
+      stream: split -> batches of what `observe` returns.
+    """
+    c = self._config
+    points = self._draw(stream("train"), c.pool)
+    points = np.asarray(anomalies.unit(points)) if c.distance == "cosine" else points
+    count = max(1, round(c.coreset * len(points)))
+    bank = points[anomalies.select(points, count, c.projection, SEED)]
+    score = jax.jit(lambda images, bank: self._score(images, bank)[0])
+    scores = [np.asarray(score(part["patches"], bank)) for part in stream("validation")]
+    return {"bank": bank, "threshold": np.float32(self._threshold(np.concatenate(scores)))}
+
+  def _draw(self, stream, most: int) -> np.ndarray:
+    """Returns up to `most` patches (n, D) of a stream, each with the same chance (reservoir)."""
+    rng, kept, keys = np.random.default_rng(SEED), None, np.zeros(0)
+    for part in stream:
+      rows = np.asarray(part["patches"]).reshape(-1, part["patches"].shape[-1])
+      new = rng.random(len(rows))
+      kept, keys = (rows, new) if kept is None else (
+        np.concatenate([kept, rows]), np.concatenate([keys, new]))
+      if most and len(keys) > most:
+        smallest = np.sort(np.argpartition(keys, most)[:most])
+        kept, keys = kept[smallest], keys[smallest]
+    return kept
+
+  def _score(self, patches, bank):
+    return anomalies.score(patches, bank, distance=self._how["distance"], how=self._how["score"],
+                           neighbours=self._how["neighbours"])
+
+  def predict(self, apply: Callable, variables, batch: dict) -> dict:
+    """Returns "score" (B,), "map" (B, h, w), "threshold" (B,), "label" and "mask" where given."""
+    company = variables[tune.COMPANY]
+    score, away = self._score(self.observe(apply, variables, batch)["patches"], company["bank"])
+    return {"score": score, "map": away, "threshold": jnp.full_like(score, company["threshold"]),
+            **{key: batch[key] for key in ("label", "mask") if key in batch}}
+
+  def calibrate(self, outputs: dict) -> dict:
+    """Returns {"threshold": score above which an image is anomalous}, which `fit` has found."""
+    return {"threshold": float(outputs["threshold"][0])}
+
+
 def _nominal(given: str, data) -> str:
   """Returns the label that is nominal; UserError if that is not clear."""
   known = {name: {str(label) for label in rows.labels or ()} for name, rows in data.splits.items()}
@@ -332,8 +358,8 @@ def _keep(data, name: str, nominal: str) -> None:
     return
   kept = [i for i, label in enumerate(rows.labels) if str(label) == nominal]
   if not kept:
-    raise errors.UserError(f"{name} has no image with the label {nominal}, of which "
-                           f"{'the bank is made' if name == 'train' else 'the threshold is'}")
+    raise errors.UserError(f"{name} has no image with the label {nominal}, which "
+                           f"{'all' if name == 'train' else 'the threshold'} is learnt from")
   data.splits[name] = rows.select(kept)
   data.report["dropped"].setdefault(name, {})["not nominal"] = len(rows) - len(kept)
   data.report["splits"][name] = len(kept)

@@ -12,7 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ft import abstaining, errors, mixing, screening, stats
+from ft import (
+  abstaining,
+  errors,
+  guards,
+  mixing,
+  neighbours,
+  screening,
+  stats,
+  tune,
+  zero_shot,
+)
 
 KEYS = {
   "labels_kind": ("single", "one label an example, or several (a list, or a|b)",
@@ -32,12 +42,20 @@ KEYS = {
   "prevalence": (0.0, "share of positives that predictive values and net benefit are stated for; "
                  "0: that of each split", (0.0, 1.0)),
   "positive": ("", "label that counts as positive; empty: the second of two"),
+  "unseen": ("error", "labels that train lacks: an error, or classes of which nothing is learnt",
+             ["error", "class"]),
+  "neighbours": (0, "k of the baseline that asks the k nearest training rows, by cosine of the "
+                 "untuned features; 0: none", (0, None)),
+  "zero_shot": ("", "source of the CLIP that model.source names, too: its texts tell the classes "
+                "in a baseline; empty: none"),
+  "prompts": (("a photo of a {label}.",), "zero_shot: what its texts say, averaged", "list"),
   "metric": ("accuracy", "what the best checkpoint is chosen by",
              ["accuracy", "macro_f1", "auroc"]),
 }
 
 # What a batch holds beside the model's inputs.
 BOOKKEEPING = ("label", "weight", "index", "stop")
+BEST = 5  # labels among which the true one may be, in a metric beside accuracy
 STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # of the probe: inverse regularisation
 
 
@@ -76,17 +94,21 @@ class Task:
     if config.labels_kind == "multi" and config.coverage:
       raise errors.UserError("task.coverage is for one label an example; set it to 0")
     named = {name: _named_labels(rows, config.labels_kind) for name, rows in data.splits.items()}
-    labels = _order({label for names in named["train"] for label in names})
-    if config.labels_kind == "multi" and config.specificity:
-      raise errors.UserError("task.specificity is for one label an example; set it to 0")
+    known = named.values() if config.unseen == "class" else [named["train"]]
+    labels = _order({label for rows in known for names in rows for label in names}
+                    - set(getattr(data, "unknown", ())))
+    for key, off in (("specificity", "0"), ("zero_shot", "''")):
+      if config.labels_kind == "multi" and config[key]:
+        raise errors.UserError(f"task.{key} is for one label an example; set it to {off}")
     self._settle(config.labels_kind, labels, config.metric, preprocess,
                  getattr(data, "unknown", ()), config.coverage,
                  (config.positive, config.specificity, config.prevalence))
     for name, rows in data.splits.items():
       self._check_known(named[name], rows)
-    if len(labels) < 2 - self.multi:
+    there = _order({label for names in named["train"] for label in names})
+    if len(there) < 2 - self.multi:
       raise errors.UserError(
-        f"train has the label {', '.join(labels) or '(none)'} only; a classifier needs two"
+        f"train has the label {', '.join(there) or '(none)'} only; a classifier needs two"
       )
     self._config = config
     counts = np.zeros(len(labels))
@@ -115,6 +137,8 @@ class Task:
       balanced = np.stack([0.5 / (1 - share), 0.5 / share])
       self._class_weights = balanced if weighted else np.ones((2, classes))
     else:
+      if not counts.all():  # as above, for classes that task.unseen adds
+        share = (counts + 0.5) / (rows + 0.5 * classes)
       self._log_prior = np.log(share)
       self._class_weights = 1 / (classes * share) if weighted else np.ones(classes)
 
@@ -147,6 +171,15 @@ class Task:
   def describe_task(self) -> dict:
     """Returns the card's fields about the task."""
     return {"labels": self.labels, "mode": self.metric[1]}
+
+  def company(self, pretrained, tuned, sharding: Callable) -> tuple[dict, dict]:
+    """Returns (nothing that trains; what `zero_shot.logits` needs, where task.zero_shot is set)."""
+    del pretrained, tuned
+    c = self._config
+    if not c.zero_shot:
+      return {}, {}
+    made = zero_shot.classifier(c.zero_shot, self.labels, c.prompts)
+    return {}, jax.tree.map(lambda x: jax.device_put(x, sharding(np.shape(x))), made)
 
   # On the device.
 
@@ -265,19 +298,26 @@ class Task:
     return {"logits": logits, **_label(batch)}
 
   def features(self, apply: Callable, variables, batch: dict) -> dict:
-    """Returns {"features": (B, D) float32}, what the head reads, and "label" where it is there."""
+    """Returns {"features": (B, D) float32}, what the head reads, and "label" where it is there.
+
+    With task.zero_shot also "zero_shot" (B, C), the logits that prompts give.
+    """
     outputs = apply(variables, self._inputs(batch), None)
-    return {"features": outputs["features"].astype(jnp.float32), **_label(batch)}
+    found = {"features": outputs["features"].astype(jnp.float32), **_label(batch)}
+    if "texts" in variables.get(tune.COMPANY, {}):
+      found["zero_shot"] = zero_shot.logits(variables[tune.COMPANY], outputs["pooler_output"])
+    return found
 
   # On the host, over whole splits.
 
   def metrics(self, outputs: dict) -> dict[str, float]:
     """Returns the metrics of a split, at temperature 1.
 
-    accuracy (multi: all labels of a row right), macro_f1, auroc, log_loss, ece, and recall/<label>
-    of the classes that occur. All are NaN where a logit is not finite. Where labels are unknown:
-    accuracy over all rows, the rest over the known ones, and what `abstaining.measure` gives. With
-    task.specificity also sensitivity_at_specificity.
+    accuracy (multi: all labels of a row right), macro_f1, auroc, log_loss, ece, recall/<label> of
+    the classes that occur, and top5_accuracy where there are more than five. All are NaN where a
+    logit is not finite. Where labels are unknown: accuracy over all rows, the rest over the known
+    ones, and what `abstaining.measure` gives. With task.specificity also
+    sensitivity_at_specificity.
 
     Args:
       outputs: "logits" (N, C), "label" (N,) or (N, C).
@@ -293,12 +333,20 @@ class Task:
       "accuracy": whole, **open_,
       "macro_f1": stats.macro_f1(decisions, label),
       "auroc": stats.auroc(probabilities, label),
+      **self._among_best(logits, label),
       "log_loss": stats.log_loss(probabilities, label),
       "ece": stats.ece(probabilities, label),
       **self._recalls(decisions, label),
       **(self._screening.measure(probabilities, label) if self._screening else {}),
     }
     return {key: float(value) if finite else float("nan") for key, value in found.items()}
+
+  def _among_best(self, logits, label) -> dict[str, float]:
+    """Returns {"top5_accuracy"} where there are more than five classes, one a row."""
+    if self.multi or len(self.labels) <= BEST or not len(label):
+      return {}
+    best = np.argpartition(-logits, BEST - 1, axis=1)[:, :BEST]
+    return {f"top{BEST}_accuracy": (best == label[:, None]).any(axis=1).mean()}
 
   def _recalls(self, decisions, label) -> dict[str, float]:
     of = {i: (label[:, i] > 0 if self.multi else label == i) for i in range(len(self.labels))}
@@ -409,17 +457,24 @@ class Task:
       features: split -> {"features": (N, D), "label"}, with at least "train".
 
     Returns:
-      "majority" (the shares of train) and "probe" (logistic regression on the features, its
-      regularisation chosen on validation) -> split -> {"logits": (N, C), "label"}.
+      "majority" (the shares of train), "probe" (logistic regression on the features, its
+      regularisation chosen on validation), with task.neighbours "knn" (`ft/neighbours.py`) and with
+      task.zero_shot "zero-shot" -> split -> {"logits": (N, C), "label"}.
     """
     train = features["train"]
     prior = np.asarray(self._log_prior, np.float32)
     found = {"majority": lambda x: np.broadcast_to(prior, (len(x), len(prior)))}
-    validation = features.get("validation")
-    found["probe"] = self._probe(train, validation)
-    return {name: {split: {"logits": logits(part["features"]), "label": part["label"]}
+    if k := self._config.neighbours:
+      found["knn"] = lambda x: neighbours.logits(x, train["features"], train["label"], k, prior)
+    found["probe"] = self._probe(train, features.get("validation"))
+    rows = {name: {split: {"logits": logits(part["features"]), "label": part["label"]}
                    for split, part in features.items()}
             for name, logits in found.items()}
+    if "zero_shot" in train:
+      rows[guards.ZERO_SHOT] = {
+        split: {"logits": part["zero_shot"], "label": part["label"]}
+        for split, part in features.items()}
+    return rows
 
   def _probe(self, train: dict, validation: dict | None) -> Callable:
     """Returns features (N, D) -> logits (N, C) of the strength that is best on validation."""
@@ -456,7 +511,16 @@ def probes(features, label, classes: int):
     bias = np.concatenate([bias for _, bias in parts])
     if label.ndim == 1 and kernel.shape[1] == 1:
       kernel, bias = np.concatenate([0 * kernel, kernel], axis=1), np.concatenate([0 * bias, bias])
+    if label.ndim == 1 and kernel.shape[1] < classes:
+      kernel, bias = _spread(kernel, bias, np.unique(label), classes)
     yield _Linear(centre, size, kernel, bias)
+
+
+def _spread(kernel, bias, seen, classes: int) -> tuple:
+  """Returns (kernel (D, C), bias (C,)) of those of the classes seen; the rest are very unlikely."""
+  wide = np.zeros((len(kernel), classes), kernel.dtype), np.full(classes, bias.min() - 10.0)
+  wide[0][:, seen], wide[1][seen] = kernel, bias
+  return wide
 
 
 class _Linear:

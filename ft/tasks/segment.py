@@ -1,9 +1,9 @@
-"""Semantic segmentation: a class for each pixel, by a linear head on a model's feature maps.
+"""Semantic segmentation: a class for each pixel, by a head on a model's feature maps.
 
 The maps, each normalised, stand side by side at the largest grid; a linear layer makes class
 scores of each cell, which are interpolated to the pixels (the linear protocol of DINOv2, Oquab et
-al. 2023, arXiv:2304.07193). The head is the task's own, in variables["company"], and is kept beside
-the exported model.
+al. 2023, arXiv:2304.07193). `task.head=upernet` joins scales in its place (`ft/upernet.py`). The
+head is the task's own, in variables["company"], and is kept beside the exported model.
 
 Shapes: B batch, N images of a split, H x W pixels, h x w cells, C classes, D features.
 """
@@ -17,13 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ft import errors, feature_maps, tune
+from ft import errors, feature_maps, tune, upernet
+from ft.weights import names
 
 KEYS = {
   "classes": ((), "names of the mask's values 0, 1, …; (): the values that train has", "list"),
   "ignore": (255, "value of pixels that count nowhere; -1: none", (-1, 255)),
   "maps": ((), "which feature maps, from 0; (): those of 4 to 32 pixels a cell, else the last",
            "list"),
+  "head": ("linear", "a linear layer on each cell; or pyramid pooling and a feature pyramid",
+           ["linear", "upernet"]),
+  "width": (64, "upernet: units of its layers", (1, None)),
   "metric": ("miou", "what the best checkpoint is chosen by", ["miou", "pixel_accuracy"]),
 }
 
@@ -71,8 +75,8 @@ class Task:
     if preprocess.augments:
       raise errors.UserError("task.name=segment does not move masks with augmented images yet; set "
                              "data.crop and data.flip to none, data.rotate90 and data.colour off")
-    self._settle(config.classes, range(len(config.classes)), config.ignore, config.maps,
-                 config.metric, preprocess)
+    how = config.ignore, config.maps, config.metric, config.head, config.width
+    self._settle(config.classes, range(len(config.classes)), *how, preprocess)
     self._size, values = None, set()
     for row in data.splits["train"]:
       try:
@@ -82,42 +86,45 @@ class Task:
       self._size, values = self._size or mask.shape, values | set(np.unique(mask).tolist())
     if not config.classes:
       values = sorted(values - {config.ignore})
-      self._settle(map(str, values), values, config.ignore, config.maps, config.metric, preprocess)
+      self._settle(map(str, values), values, *how, preprocess)
     if len(self.labels) < 2:
       raise errors.UserError(f"the masks of train have the class {', '.join(self.labels)} only; "
                              f"pixels of {config.ignore} count nowhere (task.ignore)")
 
-  def _settle(self, labels, values, ignore, maps, metric, preprocess):
+  def _settle(self, labels, values, ignore, maps, metric, head, width, preprocess):
     self.labels, self._values, self._ignore = list(labels), list(values), ignore
     self._maps, self.metric, self.preprocess = tuple(maps), (metric, "max"), preprocess
+    self._kind, self._width = head, width
 
   # Saving and restoring for prediction.
 
   def spec(self) -> dict:
     """Returns what `from_spec` needs, as JSON."""
     return {"labels": self.labels, "values": self._values, "ignore": self._ignore,
-            "maps": list(self._maps), "metric": self.metric[0]}
+            "maps": list(self._maps), "metric": self.metric[0], "head": self._kind,
+            "width": self._width}
 
   @classmethod
   def from_spec(cls, spec: Mapping, preprocess) -> "Task":
     """Returns a task that can predict and describe (not train), from what `spec` returned."""
     task = cls.__new__(cls)
     task._settle(spec["labels"], spec["values"], spec["ignore"], spec["maps"], spec["metric"],
-                 preprocess)
+                 spec.get("head", "linear"), spec.get("width", 0), preprocess)
     return task
 
   def save(self, company: Mapping) -> dict[str, bytes]:
     """Returns file name -> content of what prediction needs beside the model."""
     file = io.BytesIO()
-    np.savez(file, **{key: np.asarray(value) for key, value in company["head"].items()})
+    np.savez(file, **{key: np.asarray(value)
+                      for key, value in names.flatten(company["head"]).items()})
     return {FILE: file.getvalue()}
 
   def restore(self, folder) -> dict:
     """Returns what `save` was given, from the folder (a pathlib.Path) of an exported model."""
     try:
       with np.load(folder / FILE, allow_pickle=False) as file:
-        return {"head": {key: file[key] for key in ("kernel", "bias")}}
-    except (OSError, ValueError, KeyError) as e:
+        return {"head": names.unflatten({key: file[key] for key in file.files})}
+    except (OSError, ValueError) as e:
       raise errors.UserError(f"{folder / FILE}: no readable head: {e}") from e
 
   def describe_task(self) -> dict:
@@ -125,15 +132,26 @@ class Task:
     return {"labels": self.labels, "mode": self.metric[1], "resampled": "images, not pixels"}
 
   def company(self, pretrained, tuned, sharding: Callable) -> tuple[dict, dict]:
-    """Returns (the head, which trains: kernel (D, C) and bias (C,), zeros; nothing frozen)."""
+    """Returns (the head, which trains and says nothing yet; nothing frozen).
+
+    Of the linear one kernel (D, C) and bias (C,), zeros; of UPerNet its parameters.
+    """
     del tuned
     images = jax.ShapeDtypeStruct((1, *self._size, 3), jnp.float32)
     maps = jax.eval_shape(
-      lambda variables, x: self._cells(pretrained.module.apply(variables, pixel_values=x), x),
+      lambda variables, x: self._pick(pretrained.module.apply(variables, pixel_values=x), x),
       pretrained.variables, images)
-    head = {"kernel": np.zeros((maps.shape[-1], len(self.labels)), np.float32),
-            "bias": np.zeros(len(self.labels), np.float32)}
+    if self._kind == "upernet":
+      head = jax.jit(self._upernet().init)(
+        jax.random.PRNGKey(0), [jnp.zeros(y.shape, jnp.float32) for y in maps])["params"]
+    else:
+      width = sum(y.shape[-1] for y in maps)
+      head = {"kernel": np.zeros((width, len(self.labels)), np.float32),
+              "bias": np.zeros(len(self.labels), np.float32)}
     return {"head": jax.tree.map(lambda x: jax.device_put(x, sharding(x.shape)), head)}, {}
+
+  def _upernet(self) -> upernet.UPerNet:
+    return upernet.UPerNet(len(self.labels), self._width)
 
   # On the device.
 
@@ -159,17 +177,21 @@ class Task:
     """Returns preprocess(row)."""
     return self.preprocess(row)
 
-  def _cells(self, outputs, pixels):
-    """Returns (B, h, w, D): the chosen maps, each normalised over its channels, side by side."""
-    maps = feature_maps.pick(outputs["feature_maps"], self._maps, pixels.shape[1], STRIDES)
+  def _pick(self, outputs, pixels) -> list:
+    return feature_maps.pick(outputs["feature_maps"], self._maps, pixels.shape[1], STRIDES)
+
+  def _cells(self, maps, head):
+    """Returns class scores (B, h, w, C) of the largest grid."""
+    if self._kind == "upernet":
+      return self._upernet().apply({"params": head}, maps)
     normal = [jax.nn.standardize(y.astype(jnp.float32), axis=-1) for y in maps]
-    return feature_maps.patches(normal, 1)
+    return feature_maps.patches(normal, 1) @ head["kernel"] + head["bias"]
 
   def _logits(self, apply, variables, batch, rng):
     """Returns class scores (B, H, W, C) float32."""
     pixels, head = batch["pixel_values"], variables[tune.COMPANY]["head"]
     outputs = apply(variables, self.preprocess.finish({"pixel_values": pixels}), rng)
-    cells = self._cells(outputs, pixels) @ head["kernel"] + head["bias"]
+    cells = self._cells(self._pick(outputs, pixels), head)
     return jax.image.resize(cells, (*pixels.shape[:3], cells.shape[-1]), "bilinear")
 
   def loss(self, apply: Callable, variables, batch: dict, rng) -> tuple:

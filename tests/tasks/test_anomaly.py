@@ -120,7 +120,7 @@ def test_a_mask_of_another_size_is_one_clear_error(folder):
 @pytest.mark.parametrize("given,message", [
   ({"task.nominal": "god"}, "no image of train has this label.*did you mean 'good'"),
   ({"task.neighbourhood": 2}, "has no centre"),
-  ({"data.flip": "h"}, "nothing is augmented"),
+  ({"data.flip": "h"}, "so nothing is augmented"),
   ({"task.maps": (7,)}, "the model has maps 0 to 2"),
   ({"data.test": "{}/test/good"}, "has no labels"),
 ])

@@ -255,6 +255,15 @@ def test_metrics_equal_sklearn():
   assert task.score(out).mean() == pytest.approx(found["accuracy"])
 
 
+def test_top_five_equals_sklearn():
+  metrics = pytest.importorskip("sklearn.metrics")
+  out, names = outputs(classes=7), list("abcdefg")
+  found = make(names).metrics(out)["top5_accuracy"]
+  np.testing.assert_allclose(
+    found, metrics.top_k_accuracy_score(out["label"], out["logits"], k=5, labels=range(7)))
+  assert "top5_accuracy" not in make(names[:5]).metrics(outputs(classes=5))
+
+
 def test_binary_auroc_is_of_the_last_label():
   metrics = pytest.importorskip("sklearn.metrics")
   out = outputs(classes=2)
@@ -467,3 +476,25 @@ def test_divergence_of_several_labels_is_that_of_each():
   p, q = stats.sigmoid(np.float64(other)), stats.sigmoid(np.float64(LOGITS))
   each = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
   assert float(total) == pytest.approx(each.mean(1).sum(), rel=1e-4)
+
+
+def test_classes_that_train_lacks():
+  splits = {"test": ["a", "d", "b"]}
+  with pytest.raises(errors.UserError, match="'d' of test does not occur in train"):
+    make(ABC, splits=splits)
+  task = make(ABC, splits=splits, unseen="class", neighbours=3, class_weights="balanced",
+              logit_adjustment=1.0)
+  assert task.labels == ["a", "b", "c", "d"]
+  total, weight, _ = task.loss(constant(np.eye(4)), {}, batch([0, 1, 2, 2]), None)
+  assert np.isfinite(total) and weight > 0
+  train = features(make(ABC))
+  test = {"features": train["features"][:50], "label": np.where(np.arange(50) < 5, 3, 0)}
+  found = task.baselines({"train": train, "test": test})
+  for row in found.values():
+    assert row["test"]["logits"].shape == (50, 4) and np.isfinite(row["test"]["logits"]).all()
+    assert (row["test"]["logits"].argmax(1) < 3).all()
+  # What is said of the classes that train has does not change.
+  plain = make(ABC).baselines({"train": train, "test": test})["probe"]["test"]["logits"]
+  np.testing.assert_allclose(found["probe"]["test"]["logits"][:, :3], plain, atol=1e-5)
+  with pytest.raises(errors.UserError, match="the label a only"):
+    make(["a", "a"], splits=splits, unseen="class")

@@ -119,6 +119,23 @@ def test_a_run_and_what_it_leaves(folder, tmp_path):
   assert set(np.unique(said)) == {0, 7} and (said == true).mean() > 0.95
 
 
+def test_upernet_trains_and_comes_back(folder, tmp_path):
+  test = f"{folder / 'data'}[75%:]"
+  record = train.train(complete(folder, **{
+    "data.train": f"{folder / 'data'}[:75%]", "data.test": test, "task.head": "upernet",
+    "task.width": 16, "optim.rate": 0.01, "train.steps": 30}), tmp_path / "run")
+  found = record["results"]["test"]
+  want = found["fine-tuned"]["metrics"]
+  assert want["log_loss"] < found["majority"]["metrics"]["log_loss"]
+  assert record["model"]["trainable"] > 5000
+  again = judge.judge(tmp_path / "run", test)
+  assert again["n"] == 10
+  assert again["metrics"]["log_loss"] == pytest.approx(want["log_loss"], rel=1e-5)
+  (tmp_path / "run" / "model" / segment.FILE).write_bytes(b"no archive")
+  with pytest.raises(errors.UserError, match="no readable head"):
+    predict.Predictor(tmp_path / "run")
+
+
 @pytest.mark.parametrize("given,message", [
   ({"data.train": "{}/data/images"}, "needs a mask for each image"),
   ({"data.flip": "h"}, "does not move masks"),
