@@ -26,7 +26,8 @@ FEWEST = 30  # Below this many rows a share of wrong labels is mostly noise.
 PENALTY, STEPS = 0.3, 20  # of the probe, whose features have a mean square length of 1
 _PICTURES = 15  # of rows of a split that are shown
 _APART = 0.02  # how much less it may be right on test before test counts as unlike train
-_WEAK = 0.8  # share of rows that the probe is right on, below which hard rows look wrong too
+_SKILL = 0.5  # share of the majority class's errors that the probe has to avoid to judge labels
+_SURE = 0.8  # share of rows that it is right on, below which the words warn of hard rows
 
 
 def measure(config, evidence):
@@ -35,7 +36,8 @@ def measure(config, evidence):
   Returns numbers:
     n, of: training rows judged, of all. folds. seed of the folds. classes.
     rare: {label: rows} of classes with fewer rows than folds, which are left out. probe: how the
-      confidences were made. accuracy, accuracy_interval: of the probe on rows it did not see.
+      confidences were made. accuracy, accuracy_interval: of the probe on rows it did not see;
+      majority: of the most frequent label.
     temperature, penalty of the probe.
     splits: [{"split", "n", "flagged", "rate", "rate_interval", "confident", "accuracy"}]: rate is
       the share of wrong labels estimated from the `confident` rows, flagged the rows that look
@@ -63,7 +65,8 @@ def measure(config, evidence):
       "n": len(train["label"]), "of": len(parts["train"]["label"]), "folds": FOLDS, "seed": 0,
       "classes": len(kept), "rare": {_name(evidence.labels, k): n for k, n in rare.items()},
       "probe": f"logistic regression, {STEPS} accelerated steps, with a temperature",
-      "accuracy": accuracy,
+      "accuracy": accuracy, "majority": float(np.unique(
+          train["label"], return_counts=True)[1].max() / len(train["label"])),
       "accuracy_interval": stats.wilson(int(probe.right.sum()), len(probe.right)),
       "temperature": probe.temperature, "penalty": PENALTY,
       "splits": [], "pairs": [], "issues": []}
@@ -79,6 +82,8 @@ def measure(config, evidence):
              evidence.rows.get(split), config.listed)
   numbers["pairs"].sort(key=lambda row: (row["split"] != "train", -row["rows"]))
   numbers["pairs"] = numbers["pairs"][:200]
+  if accuracy - numbers["majority"] < _SKILL * (1 - numbers["majority"]):
+    return guards.result("not measured", _weak_words(numbers), numbers)
   return guards.result(_verdict(config, numbers), _words(numbers), numbers)
 
 
@@ -244,9 +249,7 @@ def _name(labels, index):
 def _verdict(config, numbers):
   train = next((row for row in numbers["splits"] if row["split"] == "train"), None)
   surely = train["rate_interval"][0] if train and train["confident"] else 0.0
-  if surely > config.alarm and numbers["accuracy"] >= _WEAK:
-    return "alarm"
-  return "warning" if surely > config.warning else "ok"
+  return "alarm" if surely > config.alarm else "warning" if surely > config.warning else "ok"
 
 
 def _words(numbers):
@@ -254,7 +257,7 @@ def _words(numbers):
   text = (f"About {_percent(of['train'])} of train labels look wrong ({of['train']['flagged']:,} "
           f"of {of['train']['n']:,} rows), by a probe that is right on "
           f"{100 * numbers['accuracy']:.1f} % of rows it did not see")
-  if numbers["accuracy"] < _WEAK:
+  if numbers["accuracy"] < _SURE:
     text += ", so that rows that are merely hard count too"
   if numbers["n"] < numbers["of"]:
     text += f"; {numbers['n']:,} of {numbers['of']:,} training rows judged"
@@ -265,6 +268,14 @@ def _words(numbers):
       text += (f", on which the probe is right on {100 * test['accuracy']:.1f} %, so that rows "
                "unlike those of train count too")
   return text + "."
+
+
+def _weak_words(numbers):
+  flagged = sum(row["flagged"] for row in numbers["splits"])
+  return (f"Not measured: the features tell the classes apart too badly to say which labels are "
+          f"wrong (a probe is right on {100 * numbers['accuracy']:.1f} % of rows it did not see, "
+          f"the most frequent label on {100 * numbers['majority']:.1f} %); {flagged:,} rows "
+          "that it doubts are listed.")
 
 
 def _percent(row):

@@ -149,3 +149,13 @@ def test_rows_of_a_group_share_a_fold():
   fold = labels._folds({"index": np.arange(len(truth)), "label": truth}, rows)
   assert len(np.unique(fold)) == labels.FOLDS
   assert (fold.reshape(-1, 3) == fold.reshape(-1, 3)[:, :1]).all()
+
+
+def test_a_weak_probe_judges_no_labels():
+  """Hard rows look like wrong ones to it: it lists them and gives no verdict."""
+  rng = np.random.default_rng(0)
+  label = rng.integers(0, 2, 500)
+  found = measured({"train": part(rng.normal(size=(500, 4)) + 0.3 * label[:, None], label)})
+  assert found["verdict"] == "not measured" and "too badly" in found["words"]
+  assert found["numbers"]["issues"] and 0.5 < found["numbers"]["accuracy"] < 0.75
+  assert found["numbers"]["majority"] == pytest.approx(max(label.mean(), 1 - label.mean()))
