@@ -48,6 +48,8 @@ class Settings:
     pruner: of PRUNERS: end a trial that is worse than the median of the others at its step, or
       let the best one of `keep` go on at steps that grow as many times.
     keep, rung: of halving, and its first step; 0: a hundredth of the first whole trial's.
+    spare: value of tune.method whose trials are neither ended early nor what others are held
+      against, such as "head": what trains on cached features is done before others have begun.
     minutes: budget, from which no further trial starts and the running one ends; 0: none. The first
       one always goes to its end.
     seed: of what is tried; workers on one server draw freely.
@@ -58,6 +60,7 @@ class Settings:
   pruner: str = "median"
   keep: int = 3
   rung: int = 0
+  spare: str = ""
   minutes: float = 0.0
   seed: int = 0
 
@@ -269,7 +272,7 @@ class Sweep:
       return known[0].value
     began = time.monotonic()
     try:
-      host = self.train(self.config(point), self.folder / name, watch=self._watch(trial))
+      host = self.train(self.config(point), self.folder / name, watch=self._watch(trial, point))
     except (Pruned, errors.TrainingFailed) as reason:
       trial.set_user_attr("reason", str(reason))
       logging.info("trial %d ends: %s", trial.number, reason)
@@ -295,13 +298,17 @@ class Sweep:
     """The complete config of a trial."""
     return self.load(words(point))
 
-  def _watch(self, trial):
+  def _watch(self, trial, point):
+    spared = self.settings.spare and point.get("tune.method") == self.settings.spare
+
     def watch(line, metric):
       name, mode = metric
       sign = 1 if mode == "max" else -1
       if "sign" not in trial.user_attrs:
         trial.set_user_attr("sign", sign)
         trial.set_user_attr("metric", name)
+      if spared:
+        return
       trial.report(sign * line[f"validation/{name}"], line["step"])
       if self._spent():
         raise Pruned("the budget was spent")

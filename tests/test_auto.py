@@ -16,7 +16,7 @@ class Trainer:
   """Runs whose validation is best with LoRA at the highest rate; they leave what runs leave."""
 
   def __init__(self, stop=False):
-    self.points, self.judged, self.stop = [], [], stop
+    self.points, self.steps, self.judged, self.stop = [], [], [], stop
 
   def __call__(self, config, folder, command="", watch=None):
     folder.mkdir(parents=True, exist_ok=True)
@@ -27,6 +27,7 @@ class Trainer:
       card.write(fake_runs.sentiment(notes=list(config.notes), command=command), folder)
       return
     self.points.append((config.tune.method, config.optim.rate))
+    self.steps.append(config.train.steps)
     if self.stop and len(self.points) == 2:
       self.stop = False
       raise errors.Preempted("a signal was received")
@@ -47,6 +48,7 @@ def test_a_race_leaves_the_winner_in_the_folder(config, tmp_path):
   trainer = Trainer()
   auto.train(config, tmp_path, "the command", trainer)
   assert trainer.points[0] == ("head", 1e-2)
+  assert trainer.steps[0] == 10 * trainer.steps[1]
   assert {method for method, _ in trainer.points} == {"head", "lora", "full"}
   assert trainer.judged == ["lora"]
   left = json.loads((tmp_path / "config.json").read_text())
@@ -70,6 +72,24 @@ def test_an_interrupted_race_goes_on(config, tmp_path):
   auto.train(config, tmp_path, "", trainer)
   assert trainer.judged == ["lora"]
   assert trainer.points.count(trainer.points[1]) == 2
+
+
+def test_the_probe_is_no_yardstick_for_those_that_are_half_way(config, tmp_path):
+  class Slow(Trainer):
+    """LoRA is behind the probe at half of its steps, and ahead at the end."""
+
+    def __call__(self, config, folder, command="", watch=None):
+      if watch is None or config.tune.method != "lora":
+        return super().__call__(config, folder, command, watch)
+      folder.mkdir(parents=True, exist_ok=True)
+      (folder / "config.json").write_text(json.dumps(config_lib.to_json(config)))
+      watch({"step": config.train.steps // 2, "validation/accuracy": 0.65}, ("accuracy", "max"))
+      watch({"step": config.train.steps, "validation/accuracy": 0.9}, ("accuracy", "max"))
+      return {"best": 0.9, "best_step": config.train.steps}
+
+  trainer = Slow()
+  auto.train(config, tmp_path, "", trainer)
+  assert trainer.judged == ["lora"]
 
 
 def test_halving_ends_the_worse_at_half_of_the_steps(config, tmp_path):

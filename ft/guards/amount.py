@@ -79,9 +79,9 @@ def measure(config, evidence):
              "effective": effective(train.features, config.similar)}
   if train.target.dtype.kind in "iu":
     counts = np.bincount(np.unique(evidence.features["train"]["label"], return_inverse=True)[1])
-    numbers["per_class"] = {"min": int(counts.min()), "median": float(np.median(counts)),
-                            "max": int(counts.max())}
-    numbers["method"] = suggest(float(np.median(counts)), rows)
+    middle = int(np.sort(counts)[(len(counts) - 1) // 2])  # of two classes, the smaller
+    numbers["per_class"] = {"min": int(counts.min()), "median": middle, "max": int(counts.max())}
+    numbers["method"] = suggest(middle, rows)
   told = evidence.gathered.get("amount")
   if told and evidence.history:
     numbers["passes"] = evidence.history[-1]["step"] * told["batch"] / max(told["rows"], 1)
