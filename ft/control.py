@@ -65,7 +65,7 @@ def compared(record: dict, other: dict) -> dict:
   entry = other["results"]["test"]["fine-tuned"]
   found = {"metric": metric, "value": entry["metrics"][metric], "n": entry["n"],
            "interval": entry["interval"][metric], "seconds": other["cost"]["phases"]["training"]}
-  difference, _ = compare.paired(("", record), ("", other), "test")
+  difference, _ = compare.paired(record, other, "test")
   if difference is not None:
     found |= {"difference": difference["difference"], "lo": difference["lo"],
               "hi": difference["hi"]}

@@ -105,8 +105,8 @@ def main(_):
   if f.table:
     made = scratch.write_tabular(f.output, f.table, f.leave_out, f.names, f.width or 64, f.layers,
                                  f.seed)
-    print(f"{f.output}: {made.config.numbers} numbers, {len(made.config.cardinalities)} categories, "
-          f"{results.count(made.variables):,} parameters, none of them trained")
+    print(f"{f.output}: {made.config.numbers} numbers, {len(made.config.cardinalities)} "
+          f"categories, {results.count(made.variables):,} parameters, none of them trained")
     return
   made = scratch.write(f.output, f.texts, f.vocabulary, f.width or 256, f.layers, f.heads or 4,
                        f.positions or 256, f.seed)
