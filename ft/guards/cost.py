@@ -133,12 +133,15 @@ def _beside(evidence, phases) -> list[dict]:
   once = ("one forward pass of the untuned model over every row, and what is fitted to it, "
           "all baselines together")
   for name, outputs in rows.items():
-    tuned = name == guards.TUNED
-    seconds = phases.get("training") if tuned else phases.get("baselines")
+    seconds, what = phases.get("baselines"), once
+    if name == guards.TUNED:
+      seconds, what = phases.get("training"), "training, evaluations within it included"
+    elif name == guards.MAJORITY:
+      seconds, what = 0.0, "the labels of the training rows"
     found.append({"name": name, "metric": evidence.metric,
                   "value": float(evidence.metrics(outputs)[evidence.metric]),
                   "n": len(next(iter(outputs.values()))), "seconds": seconds,
-                  "what": "training, evaluations within it included" if tuned else once})
+                  "what": what})
   return found
 
 

@@ -74,8 +74,10 @@ def gather(config, context):
   for part in (_general, _divergence, _similarity, _probe, _weights):
     try:
       found |= part(config, context, asker, found)
-    except (guards.Missing, errors.UserError) as reason:
+    except guards.Missing as reason:
       found["missing"].append(str(reason))
+    except errors.UserError as reason:
+      found["missing"].append(f"{part.__name__.strip('_')}: {reason}")
     # As in `guards.gather`: what one part cannot do must not cost the others.
     except Exception as error:  # noqa: BLE001
       logging.exception("guard forget: %s failed", part.__name__)

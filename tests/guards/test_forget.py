@@ -180,7 +180,7 @@ def section(**given):
 
 
 @pytest.mark.parametrize("content, reason", [
-  (None, "no such file or folder"), ("", "general text")])
+  (None, "no such file"), ("", "general text")])
 def test_general_text_that_is_not_there_is_a_reason(content, reason, tmp_path):
   path = tmp_path / "general.txt"
   if content is not None:
