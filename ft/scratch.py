@@ -4,7 +4,7 @@ A run starts from such a folder like from any other. For translation: Marian's a
 (Junczys-Dowmunt et al. 2018, arXiv:1804.00344) with random weights, and one vocabulary of byte
 pairs (Sennrich et al. 2016, arXiv:1508.07909) for both languages, learnt from the texts. For
 recommendation: SASRec or BERT4Rec with a row for each item of a table, whose transformer may come
-from a model of another domain. For tables: a network for their columns.
+from a model of another domain.
 """
 
 import json
@@ -17,8 +17,7 @@ import numpy as np
 
 from ft import errors, models
 from ft.data import formats, histories, interactions, sources
-from ft.data import table as tables
-from ft.models import bart, sasrec, tabular
+from ft.models import bart, sasrec
 from ft.weights import names, resolve
 
 SPECIAL = ("</s>", "<unk>", "<pad>")
@@ -167,39 +166,4 @@ def _continued(start: str, items: list[str], files: dict, seed: int) -> models.P
     params["output_bias"] = jnp.zeros(config.scored).at[scored[0]].set(
       params["output_bias"][scored[1]])
   made.variables = {**source.variables, "params": params}
-  return made
-
-
-# ---- Tables --------------------------------------------------------------------------------------
-
-
-def write_tabular(folder, source: str, leave_out: Iterable[str], names: Iterable[str] = (),
-                  width: int = 64, layers: int = 2, seed: int = 0) -> models.Pretrained:
-  """Initialises a network for the columns of a table and writes it with table.json.
-
-  Args:
-    folder: to be made.
-    source: the table, see ft/data/sources.py; how its columns are told apart: `tables.columns`.
-    leave_out: columns that it must not read: what is to be told, ids, groups that must not count.
-    names: of the columns, where the table's first line does not give them.
-    width: D.
-    layers: hidden ones; 0 is logistic regression.
-    seed: of the weights.
-
-  Raises:
-    UserError: the folder is there already, or the source or a column is not.
-  """
-  folder = _absent(folder)
-  written = sources.written(**({"names": tuple(names), "header": False} if names else {}))
-  _, table, indices = sources.table(written, source)
-  for name in leave_out:
-    sources.need(table, name, "to be left out")
-  numbers, categories = tables.columns(table, indices, tuple(leave_out))
-  config = tabular.Config(
-    numbers=len(numbers), cardinalities=tuple(len(of) + 1 for of in categories.values()),
-    hidden_size=width, num_hidden_layers=layers)
-  config.check({})
-  files = {tables.TABLE: json.dumps({"numbers": numbers, "categories": categories}).encode()}
-  made = _made("tabular", config, files, tabular.MODALITY, seed)
-  models.export(made, folder)
   return made

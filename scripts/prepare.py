@@ -9,10 +9,6 @@ items of a table, untrained, or with the transformer of a run on another domain 
 
     python scripts/prepare.py --interactions=clicks.csv --output=DIR
 
-A network for the columns of a table, but for the one that is to be told:
-
-    python scripts/prepare.py --table=patients.csv --leave_out=diagnosis --output=DIR
-
 Or synthetic preference pairs from conversations (see ft/synthetic.py), a JSON object a line:
 
     python scripts/prepare.py --dialogues=chat.jsonl --speaker=SYSTEM --output=pairs.jsonl
@@ -31,8 +27,8 @@ from ft import cli, errors
 flags.DEFINE_list("texts", [], "files with a text a line, which may be compressed by gzip")
 flags.DEFINE_string("output", "", "folder or file to be made")
 flags.DEFINE_integer("vocabulary", 4000, "most tokens", lower_bound=16)
-flags.DEFINE_integer("width", None, "width of the model; 256, of others 64", lower_bound=2)
-flags.DEFINE_integer("layers", 2, "layers, of the encoder and of the decoder", lower_bound=0)
+flags.DEFINE_integer("width", None, "width of the model; 256, of a recommender 64", lower_bound=2)
+flags.DEFINE_integer("layers", 2, "layers of the encoder, and of the decoder", lower_bound=1)
 flags.DEFINE_integer("heads", None, "heads of each attention; 4, of a recommender 2", lower_bound=1)
 flags.DEFINE_integer("positions", None, "most tokens of a text, 256, or items of a history, 50",
                      lower_bound=2)
@@ -42,9 +38,6 @@ flags.DEFINE_string("item", "", "interactions: its column with the items, if its
 flags.DEFINE_enum("kind", "sasrec", ["sasrec", "bert4rec"], "interactions: the recommender")
 flags.DEFINE_float("dropout", 0.5, "interactions: rate of dropout", lower_bound=0, upper_bound=0.9)
 flags.DEFINE_string("start", "", "interactions: recommender or run whose transformer is taken")
-flags.DEFINE_string("table", "", "table, to make a network for its columns")
-flags.DEFINE_list("leave_out", [], "table: columns that it must not read, the target first of all")
-flags.DEFINE_list("names", [], "table: names of its columns, if its first line has none")
 flags.DEFINE_string("dialogues", "", "file of conversations, to make preference pairs of")
 flags.DEFINE_string("column", "turns", "dialogues: its column with the turns")
 flags.DEFINE_string("speaker", "assistant", "dialogues: whose replies are compared")
@@ -59,7 +52,6 @@ READS = {
   "texts": ("vocabulary", "width", "layers", "heads", "positions", "seed"),
   "interactions": ("item", "kind", "dropout", "start", "width", "layers", "heads", "positions",
                    "seed"),
-  "table": ("leave_out", "names", "width", "layers", "seed"),
   "dialogues": ("column", "speaker", "rows", "seed"),
   "digits": (),
   "scenes": ("side", "seed"),
@@ -70,8 +62,8 @@ def check(f):
   """Raises UserError where not one thing is asked for, or with a flag that it would not read."""
   asked = [name for name in READS if f[name].value]
   if not f.output or len(asked) != 1:
-    raise errors.UserError("--output and one of --texts, --interactions, --table, --dialogues, "
-                           "--digits and --scenes are needed; see --help")
+    raise errors.UserError("--output and one of --texts, --interactions, --dialogues, --digits and "
+                           "--scenes are needed; see --help")
   every = {name for names in READS.values() for name in names}
   idle = sorted(name for name in every - {*READS[asked[0]]} if f[name].present)
   if idle:
@@ -101,12 +93,6 @@ def main(_):
     how = f"the transformer of {f.start}" if f.start else "none of them trained"
     print(f"{f.output}: {made.config.vocab_size} rows of items, "
           f"{results.count(made.variables):,} parameters, {how}")
-    return
-  if f.table:
-    made = scratch.write_tabular(f.output, f.table, f.leave_out, f.names, f.width or 64, f.layers,
-                                 f.seed)
-    print(f"{f.output}: {made.config.numbers} numbers, {len(made.config.cardinalities)} "
-          f"categories, {results.count(made.variables):,} parameters, none of them trained")
     return
   made = scratch.write(f.output, f.texts, f.vocabulary, f.width or 256, f.layers, f.heads or 4,
                        f.positions or 256, f.seed)

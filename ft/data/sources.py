@@ -50,9 +50,6 @@ KEYS = {
     "test_fraction": (0.2, "share of the training source carved for test", (0.0, 0.9)),
     "stratify": (True, "whether carved splits keep the shares of the labels"),
     "group": ("", "column whose equal values never straddle splits (patient, customer, author)"),
-    "relabel": ((), "pairs (label as it is written, label that it means)", "list"),
-    "fields": ((), "columns that a model of tables reads; (): those that its checkpoint names",
-               "list"),
     "attributes": ((), "columns whose values results are told apart by, such as sex, region; see "
                    "guard.bias"),
     "keep_duplicates_together": (True, "whether exact duplicates never straddle carved splits"),
@@ -83,8 +80,7 @@ class Rows:
   turns a list, see ft.data.turns; prompt, chosen, rejected and completion str or a list, see
   ft.data.answers; label str, int or a list of them (None: there is none); image and audio a Path,
   encoded bytes or an array, mask too (None: nothing is marked); group and id as in the source;
-  attributes a dict column -> str ("" where there is no value) of those that the source has; fields
-  a dict column -> value of those that a model of tables reads.
+  attributes a dict column -> str ("" where there is no value) of those that the source has.
   """
 
   name: str
@@ -93,8 +89,6 @@ class Rows:
   indices: np.ndarray
   binarize: dict | None = None
   attributes: tuple[str, ...] = ()
-  fields: tuple[str, ...] = ()
-  relabel: tuple[tuple[Any, Any], ...] = ()
 
   def __len__(self) -> int:
     return len(self.indices)
@@ -111,10 +105,7 @@ class Rows:
     if self.binarize:
       row["label"] = self.binarize["labels"][self.rating(i) > self.binarize["at"]]
     elif "label" in row:
-      label = _label(row["label"])
-      row["label"] = next((to for was, to in self.relabel if was == label), label)
-    if self.fields:
-      row["fields"] = {column: record.get(column) for column in self.fields}
+      row["label"] = _label(row["label"])
     if self.attributes:
       row["attributes"] = {column: _text(record.get(column)) for column in self.attributes}
     for role in (*FILES, "mask"):
@@ -234,10 +225,7 @@ def read(config, spec, *, name: str = "input", base=None, tables: dict | None = 
     roles.pop("label", None)
   # One that is not there ends no run: the guard that asks for it says so on the card.
   attributes = tuple(name for name in config.attributes if name in content.columns)
-  for column in config.fields:
-    need(content, column, "data.fields")
-  return Rows(name, content, roles, indices, binarize, attributes, tuple(config.fields),
-              tuple(map(tuple, config.relabel)))
+  return Rows(name, content, roles, indices, binarize, attributes)
 
 
 def written(**given):
@@ -392,7 +380,7 @@ def _roles(config, table: formats.Table, labelled: bool) -> dict[str, str]:
   roles = {role: column for role, column in roles.items() if column in table.columns}
   if "text" in roles and "words" not in {**table.roles, **given}:
     roles.pop("words", None)  # such as a column that counts them
-  if config.modality in MODALITY and not set(MODALITY[config.modality]) & set(roles):
+  if not set(MODALITY.get(config.modality, roles)) & set(roles):
     raise errors.UserError(f"{table.source}: no column for the {config.modality}; set data.columns."
                            f"{config.modality} to one of {', '.join(table.columns)}.")
   return roles
@@ -561,7 +549,7 @@ def _identities(rows: Rows) -> list[bytes | None]:
   keys = []
   for i, row in enumerate(rows):
     value = [row[role] for role in ("text", "text_b", *FILES) if row.get(role) is not None]
-    value += [repr(row[role]) for role in ("turns", "words", "fields", *ANSWERS) if role in row]
+    value += [repr(row[role]) for role in ("turns", "words", *ANSWERS) if role in row]
     if paths[i] in files:  # only files of one size can be equal, so only those are read
       path = paths[i]
       value = path.read_bytes() if sizes[path.stat().st_size] > 1 else str(path)
@@ -572,7 +560,7 @@ def _identities(rows: Rows) -> list[bytes | None]:
 def _duplicates(found: dict[str, Rows]) -> dict[str, int]:
   """Counts rows of other splits whose text has an exact duplicate in train."""
   roles = set(found["train"].roles)
-  if not (set(MODALITY["text"]) & roles or found["train"].fields) or set(FILES) & roles:
+  if not set(MODALITY["text"]) & roles or set(FILES) & roles:
     return {}
   known = set(_identities(found["train"]))
   return {name: sum(key in known for key in _identities(rows))
