@@ -12,6 +12,10 @@ items of a table, untrained, or with the transformer of a run on another domain 
 Or synthetic preference pairs from conversations (see ft/synthetic.py), a JSON object a line:
 
     python scripts/prepare.py --dialogues=chat.jsonl --speaker=SYSTEM --output=pairs.jsonl
+
+Or a table that scikit-learn brings along, as CSV with a label:
+
+    python scripts/prepare.py --sklearn=breast_cancer --output=breast_cancer.csv
 """
 
 from absl import flags, logging
@@ -33,6 +37,7 @@ flags.DEFINE_enum("kind", "sasrec", ["sasrec", "bert4rec"], "interactions: the r
 flags.DEFINE_float("dropout", 0.5, "interactions: rate of dropout", lower_bound=0, upper_bound=0.9)
 flags.DEFINE_string("start", "", "interactions: recommender or run whose transformer is taken")
 flags.DEFINE_string("dialogues", "", "file of conversations, to make preference pairs of")
+flags.DEFINE_enum("sklearn", None, ["breast_cancer", "iris", "wine"], "table of scikit-learn")
 flags.DEFINE_string("column", "turns", "dialogues: its column with the turns")
 flags.DEFINE_string("speaker", "assistant", "dialogues: whose replies are compared")
 flags.DEFINE_integer("rows", 0, "dialogues: the first so many; 0: all", lower_bound=0)
@@ -44,6 +49,7 @@ READS = {
   "interactions": ("item", "kind", "dropout", "start", "width", "layers", "heads", "positions",
                    "seed"),
   "dialogues": ("column", "speaker", "rows", "seed"),
+  "sklearn": (),
 }
 
 
@@ -51,23 +57,26 @@ def check(f):
   """Raises UserError where not one thing is asked for, or with a flag that it would not read."""
   asked = [name for name in READS if f[name].value]
   if not f.output or len(asked) != 1:
-    raise errors.UserError("--output and --texts=FILE,…, --dialogues=FILE or --interactions=TABLE "
-                           "are needed; see --help")
+    raise errors.UserError("--output and --texts=FILE,…, --dialogues=FILE, --interactions=TABLE "
+                           "or --sklearn=NAME are needed; see --help")
   every = {name for names in READS.values() for name in names}
   idle = sorted(name for name in every - {*READS[asked[0]]} if f[name].present)
   if idle:
     raise errors.UserError(f"--{', --'.join(idle)}: not read with --{asked[0]}, which reads "
-                           f"--{', --'.join(READS[asked[0]])}")
+                           f"--{', --'.join(READS[asked[0]] or ('output',))}")
 
 
 def main(_):
-  from ft import results, scratch, synthetic
+  from ft import bundled, results, scratch, synthetic
 
   f = flags.FLAGS
   check(f)
   if f.dialogues:
     count = synthetic.write(f.output, f.dialogues, f.column, f.speaker, f.rows, f.seed)
     logging.info("%s: %d pairs", f.output, count)
+    return
+  if f.sklearn:
+    logging.info("%s: %d rows", f.output, bundled.write(f.output, f.sklearn))
     return
   if f.interactions:
     made = scratch.write_recommender(

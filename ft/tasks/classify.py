@@ -100,7 +100,8 @@ class Task:
     self.labels = list(labels)
     self._screens, self._screening = screens, screening.settle(self.labels, *screens)
     self.metric = (metric, "max")
-    self.model_args = {"num_labels": len(self.labels), "labels": self.labels}
+    self.model_args = {"num_labels": len(self.labels), "labels": self.labels,
+                       **getattr(preprocess, "model_args", {})}
     self.preprocess = preprocess
     self._index = {label: i for i, label in enumerate(self.labels)}
 
