@@ -460,6 +460,20 @@ def probes(features, label, classes: int):
     yield _Linear(centre, size, kernel, bias)
 
 
+def regression(features, label, classes: int, strength: float) -> tuple:
+  """Returns (kernel (D, C), bias (C,)) of a logistic regression of one strength; see `probes`.
+
+  Args:
+    features: (N, D). label: (N,), with each of the C classes.
+  """
+  centre = features.mean(axis=0)
+  size = np.sqrt(np.square(features - centre).sum(axis=1).mean()) or np.float32(1)
+  kernel, bias = _fit(_regression(label), (features - centre) / size, label, strength)
+  if kernel.shape[1] == 1 and classes == 2:
+    kernel, bias = np.concatenate([0 * kernel, kernel], 1), np.concatenate([0 * bias, bias])
+  return kernel / size, bias - centre @ kernel / size
+
+
 class _Linear:
   """features (N, D) -> logits (N, C) float32."""
 
