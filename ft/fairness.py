@@ -78,6 +78,37 @@ def odds_by_chance(table: list[dict], fewest: int = 1, draws: int = 1000, seed: 
   return float(np.quantile(np.max(spreads, axis=0), 0.95)) if spreads else float("nan")
 
 
+def thresholds(scores, truth, group, fewest: int = 1) -> dict[str, float]:
+  """Returns for each group the score from which a row is decided to be positive.
+
+  All groups get the same true positive rate, the one of 99 at which accuracy less the
+  equalised-odds difference is largest on these rows (Hardt et al. 2016, without randomising). A
+  group with fewer than `fewest` positives or negatives gets 0.5.
+
+  Args:
+    scores: (N,) probability of being positive.
+  """
+  scores, truth, group = np.asarray(scores), np.asarray(truth, bool), np.asarray(group)
+  names = [str(name) for name in np.unique(group)]
+  fitted = [name for name in names
+            if min(np.sum(truth & (group == name)), np.sum(~truth & (group == name))) >= fewest]
+  best = -np.inf, dict.fromkeys(names, 0.5)
+  for share in np.arange(1, 100) / 100:
+    at = {name: float(np.quantile(scores[truth & (group == name)], 1 - share)) for name in fitted}
+    at = dict.fromkeys(names, 0.5) | at
+    said = decided(scores, group, at)
+    apart = differences(rates(said, truth, group), fewest)["equalised_odds"]
+    value = np.mean(said == truth) - np.nan_to_num(apart)
+    if value > best[0]:
+      best = value, at
+  return best[1]
+
+
+def decided(scores, group, at: dict[str, float]) -> np.ndarray:
+  """Returns (N,) bool decisions by `thresholds`; a group without one has 0.5."""
+  return np.asarray(scores) >= np.array([at.get(str(name), 0.5) for name in group])
+
+
 def worst(score, group, mode: str = "max", fewest: int = 1, draws: int = 500,
           seed: int = 0) -> dict | None:
   """Returns the group that fares worst, and how often chance alone makes a worst one as bad.

@@ -7,6 +7,7 @@ features). There always is a worst group; whether chance alone makes one as bad 
 permutation. Definitions and sources: `ft/fairness.py`.
 """
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -40,7 +41,9 @@ def measure(config, evidence):
   Numbers: n; metric; mode; average; "by": one dict an attribute or pair of them, with by, groups
   (group, n, few, value, interval; of classifiers ece, and of two classes the rates of
   `fairness.rates`), worst (`fairness.worst`, None where there is none), equalised_odds,
-  demographic_parity, chance (what equalised odds stay below by chance), positive; "missing":
+  demographic_parity, chance (what equalised odds stay below by chance), positive, and of two
+  classes thresholds: what one a group, fitted on validation, would do on test, at, accuracy,
+  accuracy_before, equalised_odds, n of validation, or None; "missing":
   reasons why attributes were left out; "classes": label, n, few, recall, interval, worst first;
   worst_class; "clusters": n, groups (group, n, value, interval, label), worst; None where there are
   no features; temperature, which ece is after.
@@ -56,11 +59,15 @@ def measure(config, evidence):
   if score.shape != (n,) or not np.isfinite(score).all():
     return guards.not_measured("what the rows add to the metric is not finite")
   groups, missing = _groups(config, evidence, outputs)
+  before = _validation(config, evidence)
   numbers = {"n": n, "metric": evidence.metric, "mode": evidence.mode,
              "average": float(score.mean()), "missing": missing,
              "temperature": _temperature(evidence, outputs)}
   numbers["by"] = [_by(config, evidence, outputs, score, name, group, numbers["temperature"])
                    for name, group in groups.items()]
+  for found in numbers["by"]:
+    if before and "positive" in found and np.shape(outputs["logits"])[1] == 2:
+      found["thresholds"] = _thresholds(config, evidence, found, outputs, groups, before)
   numbers |= _classes(config, evidence, outputs)
   numbers["clusters"] = _clusters(config, evidence, outputs, score)
   if not numbers["by"] and not numbers["classes"] and not numbers["clusters"]:
@@ -160,6 +167,35 @@ def _odds(config, evidence, outputs, group, table):
     for row, more in zip(table, rates, strict=True):
       row |= {key: value for key, value in more.items() if key not in row}
   return {key: _finite(value) for key, value in apart.items()}
+
+
+def _validation(config, evidence):
+  """(outputs, groups) of validation, where there are classes; else None."""
+  outputs = evidence.outputs.get("validation", {}).get(guards.TUNED)
+  rows = evidence.rows.get("validation")
+  if outputs is None or rows is None or "index" not in outputs or not _classifies(outputs):
+    return None
+  outputs = _some(_known(outputs))
+  same = dataclasses.replace(evidence, rows={"test": rows})
+  return outputs, _groups(config, same, outputs)[0]
+
+
+def _thresholds(config, evidence, found, outputs, groups, before):
+  """What a threshold a group would do, where validation has the groups; else None."""
+  known, there = before
+  name = found["by"]
+  if found["equalised_odds"] is None or not set(groups[name]) <= set(there.get(name, ())):
+    return None
+  at = list(evidence.labels).index(found["positive"]) if evidence.labels else 1
+  scores, seen = (stats.softmax(part["logits"])[:, at] for part in (known, outputs))
+  fitted = fairness.thresholds(scores, np.asarray(known["label"]) == at, there[name],
+                               config.fewest)
+  truth = np.asarray(outputs["label"]) == at
+  said = fairness.decided(seen, groups[name], fitted)
+  apart = fairness.differences(fairness.rates(said, truth, groups[name]), config.fewest)
+  return {"at": fitted, "n": len(scores), "accuracy": float(np.mean(said == truth)),
+          "accuracy_before": float(np.mean((seen > 0.5) == truth)),
+          "equalised_odds": _finite(apart["equalised_odds"])}
 
 
 def _share(score):

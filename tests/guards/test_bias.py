@@ -145,6 +145,25 @@ def test_few_rows_are_flagged_and_in_no_difference():
   assert by["worst"]["group"] != "few" and by["equalised_odds"] == 0
 
 
+def test_a_threshold_a_group_mends_what_a_shifted_score_broke():
+  rng = np.random.default_rng(5)
+  truth, group = rng.integers(0, 2, 6000), rng.choice(["x", "y"], 6000)
+  logit = 3 * truth - 1.5 + rng.normal(size=6000) - 2.0 * (group == "y")
+  scores = 1 / (1 + np.exp(-logit))
+  first, last = slice(0, 3000), slice(3000, None)
+  at = fairness.thresholds(scores[first], truth[first], group[first], 30)
+  assert at["y"] < at["x"]
+  # The shift is 2 on the logit scale, and so is what the thresholds undo.
+  apart = np.log(at["x"] / (1 - at["x"])) - np.log(at["y"] / (1 - at["y"]))
+  assert apart == pytest.approx(2.0, abs=0.3)
+  said = fairness.decided(scores[last], group[last], at)
+
+  def odds(said):
+    return fairness.differences(fairness.rates(said, truth[last], group[last]))["equalised_odds"]
+
+  assert odds(scores[last] > 0.5) > 0.4 and odds(said) < 0.06
+
+
 def test_numbers_become_bands():
   names = fairness.bands([str(v) for v in range(100)])
   assert len(set(names)) == 4 and all((names == name).sum() == 25 for name in set(names))

@@ -84,6 +84,12 @@ def _apart(found):
            ("by chance it stays below", words.number(found["chance"], "accuracy")),
            ("demographic-parity difference",
             words.number(found["demographic_parity"], "accuracy"))]
+  mended = found.get("thresholds")
+  if mended and words.finite(mended["equalised_odds"]):
+    facts.append(("with a threshold a group, fitted on validation",
+                  f"{words.number(mended['equalised_odds'], 'accuracy')}, at an accuracy of "
+                  f"{words.number(mended['accuracy'], 'accuracy')} (before: "
+                  f"{words.number(mended['accuracy_before'], 'accuracy')})"))
   return join([elements.facts(facts), h("p", "In points. Equalised odds: the larger of the "
                                        "differences in true and in false positive rates.")])
 
