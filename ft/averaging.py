@@ -27,6 +27,8 @@ from ft.weights import stacking
 KEYS = {
   "ema": (0.0, "decay of a running mean of what trains, used in its place; 0: off",
           (0.0, 0.999999)),
+  "dfr": ((), "after training, the label head is fitted anew to validation rows balanced over "
+          "these columns: label, or of data.attributes; (): off; see ft/last_layer.py"),
   "wise": ((), "shares alpha of the tuned weights to choose from after training; (): off", "list"),
 }
 
@@ -57,6 +59,9 @@ def check(config, tuned: tune.Tuned) -> None:
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
       raise errors.UserError(f"average.wise={tuple(alphas)}: expected numbers from 0 (pretrained) "
                              "to 1 (tuned), such as 0,0.25,0.5,0.75,1")
+  if config.average.dfr and (tuned.merge is None or not tuned.table):
+    raise errors.UserError("average.dfr needs plain weights that trained, and tune.method="
+                           f"{config.tune.method} has none; leave it at ()")
   if alphas and tuned.merge is None:
     raise errors.UserError("average.wise mixes plain weights, and tune.method="
                            f"{config.tune.method} has none that compute the same; leave it at ()")
@@ -94,8 +99,7 @@ def sweep(run, final: Final, load: dict) -> Final:
   merged = {**final.tuned.merge(final.frozen, final.state.trainable), **final.state.mutable}
   tuned = tune.flatten(mesh.place(merged, mesh.shardings(run.mesh, merged)))
   base, fresh = pretrained(run, tuned)
-  predict = state.make_predict_step(
-    run.task.predict, state.make_apply(run.pretrained.module), _plain, mesh.replicated(run.mesh))
+  predict = plain_step(run)
   empty = state.State(None, None, {}, {}, None, None)
   metric, direction = run.task.metric
   best, curve = None, []
@@ -114,8 +118,20 @@ def sweep(run, final: Final, load: dict) -> Final:
   _, alpha, weights = best
   logging.info("average.wise: alpha %g is best on validation", alpha)
   curve = tuple({**entry, "chosen": entry["alpha"] == alpha} for entry in curve)
-  plain = dataclasses.replace(tune.build({}, weights, (), merge=_plain), combine=_plain)
-  return Final(plain, predict, empty, weights, curve)
+  return plain(run, weights, curve, predict)
+
+
+def plain(run, weights: dict, tradeoff: tuple = (), predict: Callable | None = None) -> Final:
+  """Returns the model of plain weights, a tree of all variables, in place of a tuned one."""
+  predict = predict or plain_step(run)
+  build = dataclasses.replace(tune.build({}, weights, (), merge=_plain), combine=_plain)
+  return Final(build, predict, state.State(None, None, {}, {}, None, None), weights, tradeoff)
+
+
+def plain_step(run) -> Callable:
+  """Returns the step of predictions of plain weights."""
+  return state.make_predict_step(
+    run.task.predict, state.make_apply(run.pretrained.module), _plain, mesh.replicated(run.mesh))
 
 
 def _plain(frozen, trainable):

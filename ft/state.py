@@ -17,6 +17,8 @@ import optax
 
 from ft import tune
 
+MEMORY = "memory"  # collection in which the losses of training find what is remembered
+
 
 @flax.struct.dataclass
 class State:
@@ -29,6 +31,7 @@ class State:
   opt: Any
   bad: jax.Array  # () int32, steps skipped in a row because something was not finite
   average: Any = None  # running mean of trainable (float32), or None
+  memory: Any = None  # key -> what a remedy remembers from step to step; None: nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,23 @@ class Term:
   loss: Callable
   key: str
   coefficient: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """What a loss remembers from step to step, such as the weights of groups.
+
+  The loss finds it in variables[MEMORY][key], and gives sums for it in aux[MEMORY][key].
+
+  Attributes:
+    key: its name.
+    start: a tree, before the first step.
+    move: (tree, the step's sums) -> tree after it.
+  """
+
+  key: str
+  start: Any
+  move: Callable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +83,7 @@ class Extras:
     point: (trainable, fixed, rng) -> trainable, at which training's forward pass is evaluated.
     rho: sharpness-aware minimisation's radius; 0: off.
     average: decay of the running mean of the trainable tree; 0: off.
+    memories: what is remembered from step to step.
   """
 
   wrap: Callable | None = None
@@ -71,16 +92,19 @@ class Extras:
   point: Callable | None = None
   rho: float = 0.0
   average: float = 0.0
+  memories: tuple[Memory, ...] = ()
 
 
 def create(
-  trainable, mutable, tx: optax.GradientTransformation, seed: int, average: float = 0.0
+  trainable, mutable, tx: optax.GradientTransformation, seed: int, average: float = 0.0,
+  memories: tuple[Memory, ...] = (),
 ) -> State:
   """The state before the first step; `average`: whether a running mean is kept."""
   zero = lambda: jnp.zeros((), jnp.int32)  # noqa: E731  one buffer each: both are donated
   mean = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trainable) if average else None
   rng = jax.random.PRNGKey(seed)
-  return State(zero(), rng, trainable, mutable, tx.init(trainable), zero(), mean)
+  memory = {memory.key: jax.tree.map(jnp.array, memory.start) for memory in memories} or None
+  return State(zero(), rng, trainable, mutable, tx.init(trainable), zero(), mean, memory)
 
 
 def averaged(state: State) -> State:
@@ -153,6 +177,8 @@ def make_train_step(
   main = extras.wrap(loss) if extras.wrap else lambda *args: loss(*args[:4])
 
   def total_loss(trainable, mutable, frozen, fixed, batch, rng, stage, loss):
+    fixed = dict(fixed)
+    memory = fixed.pop(MEMORY, None)
     updates = dict(mutable)
 
     def call(variables, inputs, rng=None):
@@ -164,6 +190,8 @@ def make_train_step(
     if extras.point:
       point = extras.point(point, fixed, rng)
     variables = {**combine(frozen, point), **mutable}
+    if memory is not None:
+      variables[MEMORY] = memory
     base = lambda: {**combine(frozen, fixed["start"]), **fixed.get("mutable", {})}  # noqa: E731
     total, weight, aux = loss(call, variables, batch, rng, base)
     return total, (weight, aux, updates)
@@ -199,10 +227,12 @@ def make_train_step(
     return sums, grads, mutable
 
   def objective(trainable, mutable, frozen, fixed, batch, rng, stage):
-    """Means and gradients of everything that is minimised: (loss, weight, aux), grads, mutable."""
+    """(loss, weight, aux), gradients, mutable, sums for the memories, of all that is minimised."""
     rows = {key: value for key, value in batch.items() if key not in _keys(extras)}
     sums, grads, mutable = summed(trainable, mutable, frozen, fixed, rows, rng, stage, main)
     total, weight, aux = sums
+    aux, learnt = dict(aux), aux.get(MEMORY, {})
+    aux.pop(MEMORY, None)
     mean, aux = total / weight, {key: value / weight for key, value in aux.items()}
     if extras.terms or extras.penalty:
       aux["own_loss"] = mean
@@ -220,25 +250,27 @@ def make_train_step(
       aux["penalty"], further = jax.value_and_grad(penalised)(trainable)
       grads = jax.tree.map(lambda g, h: g + h.astype(g.dtype), grads, further)
       mean = mean + aux["penalty"]
-    return (mean, weight, aux), grads, mutable
+    return (mean, weight, aux), grads, mutable, learnt
 
   def step(state: State, frozen, batch, fixed=None, stage: int = 0):
     fixed = fixed or {}
     rng = jax.random.fold_in(state.rng, state.step)
-    args = (state.mutable, frozen, fixed, batch, rng, stage)
-    (mean, weight, aux), grads, mutable = objective(state.trainable, *args)
+    known = fixed if state.memory is None else {**fixed, MEMORY: state.memory}
+    args = (state.mutable, frozen, known, batch, rng, stage)
+    (mean, weight, aux), grads, mutable, learnt = objective(state.trainable, *args)
     norm = optax.tree.norm(grads)
     if extras.rho:  # the gradient where the loss near by is highest: Foret et al. (2021)
       radius = extras.rho / jnp.maximum(norm, 1e-12)
       higher = jax.tree.map(lambda p, g: p + (radius * g).astype(p.dtype), state.trainable, grads)
-      _, grads, _ = objective(higher, *args)
+      _, grads, *_ = objective(higher, *args)
       norm = optax.tree.norm(grads)
     updates, opt = tx.update(grads, state.opt, state.trainable, gradient=grads, **fixed)
     trainable = optax.apply_updates(state.trainable, updates)
     finite = jnp.isfinite(mean) & jnp.isfinite(norm)
     average = _moved(state, trainable, extras.average)
+    memory = {m.key: m.move(state.memory[m.key], learnt[m.key]) for m in extras.memories} or None
     new = State(state.step + 1, state.rng, trainable, mutable, opt, jnp.zeros_like(state.bad),
-                average)
+                average, memory)
     old = state.replace(step=state.step + 1, bad=state.bad + 1)
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
     metrics = {"loss": mean, "grad_norm": norm, "bad": new.bad, "weight": weight}

@@ -24,6 +24,7 @@ from ft import (
   evaluate,
   generation,
   guards,
+  last_layer,
   logs,
   mesh,
   optim,
@@ -95,6 +96,7 @@ def train(config, folder: os.PathLike, command: str = "",
     tuned = accompany(run, tuned, examples)
     logging.info("%s", tune.describe(tuned))
     averaging.check(config, tuned)
+    last_layer.check(run)
     generation.check(run.task, tuned)
     frozen, mutable = dict(tuned.frozen), {}
     if config.model.batch_stats == "train" and "batch_stats" in frozen:
@@ -128,7 +130,8 @@ def train(config, folder: os.PathLike, command: str = "",
     total = total if tuned.table else 0  # nothing trains
     heads = (*run.pretrained.head, *getattr(run.task, "head", ()))
     tx, schedule = optim.make(config.optim, tuned.trainable, total, heads, tuned)
-    fresh = state.create(tuned.trainable, mutable, tx, config.seed, config.average.ema)
+    fresh = state.create(tuned.trainable, mutable, tx, config.seed, config.average.ema,
+                         anchors.extras.memories)
     fresh = mesh.place(fresh, mesh.shardings(run.mesh, fresh))
     checkpoints = checkpoint.Checkpoints(home.path / "checkpoints", config.train.keep)
     now, host = checkpoints.restore_newest(fresh) or (fresh, new_host())
@@ -157,6 +160,8 @@ def train(config, folder: os.PathLike, command: str = "",
     final = averaging.Final(tuned, predict, state.averaged(now), frozen)
     if config.average.wise:
       final = averaging.sweep(run, final, load)
+    if config.average.dfr:
+      final = last_layer.retrain(run, final, load["validation"])
     outputs = {
       name: evaluate.run(final.predict, final.state, final.frozen, load[name], run.place, poll)
       for name in load if name not in ("train", "train_sample")

@@ -18,6 +18,10 @@ class; or 900 scenes to train on with masks, digits pasted on crops of two photo
 
     python scripts/prepare.py --digits --output=DIR
     python scripts/prepare.py --scenes=900 --output=DIR
+
+Or a table that scikit-learn brings along, as CSV with a label:
+
+    python scripts/prepare.py --sklearn=breast_cancer --output=breast_cancer.csv
 """
 
 from absl import flags
@@ -39,6 +43,7 @@ flags.DEFINE_enum("kind", "sasrec", ["sasrec", "bert4rec"], "interactions: the r
 flags.DEFINE_float("dropout", 0.5, "interactions: rate of dropout", lower_bound=0, upper_bound=0.9)
 flags.DEFINE_string("start", "", "interactions: recommender or run whose transformer is taken")
 flags.DEFINE_string("dialogues", "", "file of conversations, to make preference pairs of")
+flags.DEFINE_enum("sklearn", None, ["breast_cancer", "iris", "wine"], "table of scikit-learn")
 flags.DEFINE_string("column", "turns", "dialogues: its column with the turns")
 flags.DEFINE_string("speaker", "assistant", "dialogues: whose replies are compared")
 flags.DEFINE_bool("digits", False, "write handwritten digits as images by class")
@@ -55,6 +60,7 @@ READS = {
   "dialogues": ("column", "speaker", "rows", "seed"),
   "digits": (),
   "scenes": ("side", "seed"),
+  "sklearn": (),
 }
 
 
@@ -62,8 +68,8 @@ def check(f):
   """Raises UserError where not one thing is asked for, or with a flag that it would not read."""
   asked = [name for name in READS if f[name].value]
   if not f.output or len(asked) != 1:
-    raise errors.UserError("--output and one of --texts, --interactions, --dialogues, --digits and "
-                           "--scenes are needed; see --help")
+    raise errors.UserError("--output and one of --texts, --interactions, --dialogues, --digits, "
+                           "--scenes and --sklearn are needed; see --help")
   every = {name for names in READS.values() for name in names}
   idle = sorted(name for name in every - {*READS[asked[0]]} if f[name].present)
   if idle:
@@ -73,7 +79,7 @@ def check(f):
 
 
 def main(_):
-  from ft import results, scenes, scratch, synthetic
+  from ft import bundled, results, scenes, scratch, synthetic
 
   f = flags.FLAGS
   check(f)
@@ -85,6 +91,9 @@ def main(_):
     count = (scenes.write_digits(f.output) if f.digits
              else scenes.write(f.output, f.scenes, f.side, f.seed))
     print(f"{f.output}: {count} images")
+    return
+  if f.sklearn:
+    print(f"{f.output}: {bundled.write(f.output, f.sklearn)} rows")
     return
   if f.interactions:
     made = scratch.write_recommender(

