@@ -59,9 +59,6 @@ def check(config, tuned: tune.Tuned) -> None:
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
       raise errors.UserError(f"average.wise={tuple(alphas)}: expected numbers from 0 (pretrained) "
                              "to 1 (tuned), such as 0,0.25,0.5,0.75,1")
-  if config.average.dfr and (tuned.merge is None or not tuned.table):
-    raise errors.UserError("average.dfr needs plain weights that trained, and tune.method="
-                           f"{config.tune.method} has none; leave it at ()")
   if alphas and tuned.merge is None:
     raise errors.UserError("average.wise mixes plain weights, and tune.method="
                            f"{config.tune.method} has none that compute the same; leave it at ()")

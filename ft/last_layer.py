@@ -21,13 +21,17 @@ DRAWS = 10
 KEY = "average.dfr"
 
 
-def check(run) -> None:
+def check(run, tuned: tune.Tuned) -> None:
   """Raises UserError, before anything trains, where `average.dfr` could not be done."""
   if not run.config.average.dfr:
     return
   if not isinstance(run.task, classify.Task) or run.task.multi:
     raise errors.UserError(f"{KEY}: it fits the head of a classifier with one label a row; set "
                            "task.name=classify, or leave it at ()")
+  if tuned.merge is None:
+    raise errors.UserError(f"{KEY} needs plain weights, and tune.method="
+                           f"{run.config.tune.method} has none that compute the same; leave it at "
+                           "()")
   names, cell = balance.cells(run, run.config.average.dfr, KEY, "validation")
   _check_cells(cell, names)
 

@@ -96,7 +96,7 @@ def train(config, folder: os.PathLike, command: str = "",
     tuned = accompany(run, tuned, examples)
     logging.info("%s", tune.describe(tuned))
     averaging.check(config, tuned)
-    last_layer.check(run)
+    last_layer.check(run, tuned)
     generation.check(run.task, tuned)
     frozen, mutable = dict(tuned.frozen), {}
     if config.model.batch_stats == "train" and "batch_stats" in frozen:
