@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from ft import averaging, errors, evaluate, mesh, state, tune
+from ft import averaging, errors, evaluate, mesh, probes, state, tune
 from ft.regularise import balance
 from ft.tasks import classify
 
@@ -91,7 +91,7 @@ def fit(features, label, cell, classes: int, names, seed: int = 0, draws: int = 
                          for g in range(len(names))])
   other = np.setdiff1d(np.arange(len(cell)), half)
   best = None
-  for strength in classify.STRENGTHS:
+  for strength in probes.STRENGTHS:
     kernel, bias = _mean(features[half], label[half], cell[half], classes, strength, seed, 3)
     right = np.argmax(features[other] @ kernel + bias, 1) == label[other]
     worst = min(right[cell[other] == g].mean() for g in range(len(names)))
@@ -109,7 +109,7 @@ def _mean(features, label, cell, classes, strength, seed, draws):
     rng = np.random.default_rng((seed, draw))
     rows = np.concatenate([rng.choice(np.flatnonzero(cell == g), least, replace=False)
                            for g in np.unique(cell)])
-    found.append(classify.regression(features[rows], label[rows], classes, strength))
+    found.append(probes.regression(features[rows], label[rows], classes, strength))
   return tuple(np.mean(part, axis=0) for part in zip(*found, strict=True))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ft import stats
+from ft import probes, stats
 
 FURTHEST = 4  # times the rows there are
 WIDEST = 512  # features; of more, their first principal components
@@ -192,10 +192,8 @@ def discriminant(train: Part, validation: Part) -> Callable:
 
 def logistic(train: Part, validation: Part) -> Callable:
   """The card's probe: logistic regression, its strength best on validation; of classes only."""
-  from ft.tasks import classify
-
   classes = train.target.shape[1] if train.target.ndim == 2 else 1 + int(train.target.max())
-  return _best(classify.probes(train.features, train.target, classes), validation)
+  return _best(probes.probes(train.features, train.target, classes), validation)
 
 
 def fit(n, error) -> Fit:

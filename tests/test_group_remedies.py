@@ -91,8 +91,8 @@ def test_balanced_draws_take_the_shortcut_away():
   features = np.stack([2 * label - 1 + rng.normal(size=4000), 6 * short - 3.0], 1)
   features = features.astype(np.float32)
   cell, names = 2 * label + short, ["00", "01", "10", "11"]
-  from ft.tasks import classify
-  plain = classify.regression(features, label, 2, 1.0)
+  from ft import probes
+  plain = probes.regression(features, label, 2, 1.0)
   fair = last_layer.fit(features, label, cell, 2, names)
 
   def worst(kernel, bias):

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ft import contrastive, errors, guards, preferences, stats
+from ft import contrastive, errors, preferences, stats
 from ft.data import answers
 from ft.tasks import chat, regress
 
@@ -363,10 +363,10 @@ class Task(chat.Task):
     """
     longer = {split: {"score": part["tokens"], **_kept(part)} for split, part in features.items()}
     if self._spec["loss"] == "reward":
-      return {guards.PROBE: self._probe(features), "longer answer": longer}
+      return {"probe": self._probe(features), "longer answer": longer}
     known = {split: {**part, "score": part["logp"] / part["tokens"]}
              for split, part in features.items()}
-    return {guards.ZERO_SHOT: known, "longer answer": longer}
+    return {"zero-shot": known, "longer answer": longer}
 
   def _probe(self, features: dict) -> dict:
     import threadpoolctl

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from ml_collections import config_dict
 
-from ft import errors, mixing, stats
+from ft import errors, mixing, probes, stats
 from ft.tasks import classify
 
 LOGITS = np.float32([[2.0, -1.0, 0.5], [0.1, 0.2, 0.3], [-1.0, 3.0, 0.0], [0.0, 0.0, 5.0]])
@@ -387,7 +387,7 @@ def test_probe_without_noise_agrees_with_sklearn_at_the_same_strength():
   part = features(make(["x", "y"]), noise=2.0)
   x = part["features"] - part["features"].mean(0)
   x = x / np.sqrt((x**2).sum(1).mean())
-  for strength, logits in zip(classify.STRENGTHS, classify.probes(
+  for strength, logits in zip(probes.STRENGTHS, probes.probes(
       part["features"], part["label"], 2), strict=True):
     model = linear_model.LogisticRegression(C=strength, tol=1e-8).fit(x, part["label"])
     got = logits(part["features"])
@@ -411,7 +411,7 @@ def test_probe_is_quick():
     label = rng.integers(0, classes, n)
     x = (rng.normal(size=(classes, 384))[label] + 3 * rng.normal(size=(n, 384))).astype(np.float32)
     start = time.monotonic()
-    assert len(list(classify.probes(x, label, classes))) == len(classify.STRENGTHS)
+    assert len(list(probes.probes(x, label, classes))) == len(probes.STRENGTHS)
     assert time.monotonic() - start < limit
 
 
