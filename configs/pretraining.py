@@ -17,7 +17,9 @@ head, such as a BERT or ModernBERT, give --config.model.source; a T5 takes task.
 
 rate: of training; steps; folder: where captions lie, "" for none.
 
-Measured, seed 0, one busy CPU core; nats a token, 95 % intervals. objective=masked, 11.5 minutes:
+Measured, seed 0, one busy CPU core; nats a token, 95 % intervals. objective=causal, 26 minutes:
+test 4.122 [4.056, 4.193] (1.304 bits a byte), pretrained 4.831 [4.757, 4.911]; captions, of which
+it saw none, 4.496 and 4.913. objective=masked, 11.5 minutes:
 test 5.313 [5.126, 5.480], unigram 7.248 [7.117, 7.372], untrained head 10.760; captions 4.568,
 unigram 6.685; 26 % of the hidden tokens are told right.
 """
