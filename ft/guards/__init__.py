@@ -23,6 +23,8 @@ import types
 
 from absl import logging
 
+from ft import errors
+
 VERDICTS = ("ok", "warning", "alarm", "not measured")
 
 # Names of the rows of every results table, in reading order; other baselines come between.
@@ -131,6 +133,8 @@ def gather(config, context: Context) -> dict:
       found[name] = guard.gather(section, context)
     except Missing as reason:
       found[name] = reason
+    except errors.Preempted:
+      raise
     # As in `measure`.
     except Exception as error:  # noqa: BLE001
       logging.exception("guard %s failed", name)

@@ -78,6 +78,8 @@ def gather(config, context):
       found["missing"].append(str(reason))
     except errors.UserError as reason:
       found["missing"].append(f"{part.__name__.strip('_')}: {reason}")
+    except errors.Preempted:
+      raise
     # As in `guards.gather`: what one part cannot do must not cost the others.
     except Exception as error:  # noqa: BLE001
       logging.exception("guard forget: %s failed", part.__name__)

@@ -82,7 +82,8 @@ def save(folder, pretrained, tuned: tune.Tuned, frozen, changed, base: Base, spe
     UserError: the folder holds something else, or cannot be written.
   """
   source = str(base.model["source"])
-  there = "" if source.startswith(("pypi:", "hf:")) else str(pathlib.Path(source).absolute())
+  named = source.startswith(("pypi:", "hf:", models.SCRATCH))
+  there = "" if named else str(pathlib.Path(source).absolute())
   base = dataclasses.replace(base, path=there, fingerprint=_fingerprint(frozen))
   fixed = {path: leaf for path, leaf in tune.flatten(frozen).items()
            if path.startswith(adapters.COLLECTION + "/")}

@@ -1,20 +1,16 @@
 """Tables as numbers and categories: statistics of train alone, gaps, the unknown; a whole run."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
-import commands
 import numpy as np
 import pytest
+from commands import script
 from sklearn import datasets, linear_model, model_selection, pipeline, preprocessing
 
-from ft import bundled, config, errors, models, predict
+from ft import bundled, config, errors, models, predict, train
 from ft.data import table
 from ft.models import tabular
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 ROWS = "age,job,code,label\n10,a,1,no\n20,b,2,yes\n,a,1,no\n30,?,2,yes\n"
 
 
@@ -103,11 +99,8 @@ def test_only_tables_start_from_nothing(source, match):
 def test_a_run_learns_the_diagnosis_and_predicts(tmp_path):
   """Beside scikit-learn's logistic regression, cross-validated over the same table: about .97."""
   bundled.write(tmp_path / "breast_cancer.csv", "breast_cancer")
-  command = [sys.executable, "scripts/train.py", f"--workdir={tmp_path / 'run'}",
-             f"--config=configs/table.py:data=breast_cancer,folder={tmp_path}"]
-  done = subprocess.run(command, cwd=ROOT, env=commands.environment(), text=True,
-                        capture_output=True, timeout=300)
-  assert done.returncode == 0, done.stderr[-3000:]
+  script("train", f"--workdir={tmp_path / 'run'}",
+         f"--config=configs/table.py:data=breast_cancer,folder={tmp_path}")
   card = json.loads((tmp_path / "run" / "card.json").read_text())
   bunch = datasets.load_breast_cancer()
   reference = pipeline.make_pipeline(preprocessing.StandardScaler(),
@@ -121,3 +114,14 @@ def test_a_run_learns_the_diagnosis_and_predicts(tmp_path):
   rows = list(predictor.rows(str(tmp_path / "breast_cancer.csv")))
   said = np.array([answer["label"] for answer in predictor(rows)])
   assert np.mean(said == bunch.target_names[bunch.target]) > 0.95
+
+
+def test_a_head_on_what_was_drawn_finds_it_again(tmp_path):
+  bundled.write(tmp_path / "breast_cancer.csv", "breast_cancer")
+  given = [("tune.method", "head"), ("train.steps", "20"), ("guard.overfit.resamples", "100")]
+  made = config.load(f"configs/table.py:data=breast_cancer,folder={tmp_path}", given)
+  card = train.train(made, tmp_path / "run")
+  predictor = predict.Predictor(tmp_path / "run")
+  rows = list(predictor.rows(str(tmp_path / "breast_cancer.csv")))
+  assert len(list(predictor(rows))) == 569 and card["model"]["trainable"] < card["model"]["parameters"]
+  assert (tmp_path / "run" / "adapter" / "ft_adapter.safetensors").is_file()

@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from ft import guards
+from ft import errors, guards
 
 
 def section(name, **given):
@@ -46,6 +46,15 @@ def test_a_fault_in_gather_ends_no_run(cost):
   found = guards.measure(None, guards.Evidence(cost={"examples": 1}, gathered=gathered))
   assert found["cost"]["verdict"] == "not measured"
   assert "ZeroDivisionError" in found["cost"]["words"]
+
+
+def test_a_signal_while_the_model_is_asked_stops_the_run(cost):
+  def gather(section, context):
+    raise errors.Preempted("SIGTERM")
+
+  cost(gather)
+  with pytest.raises(errors.Preempted):
+    guards.gather(config(), None)
 
 
 def test_a_guard_that_is_off_is_not_asked(cost):
