@@ -10,8 +10,8 @@ LISTED = 40  # rows of a table
 
 def section(numbers, record):
   """The part of the page: a figure and a table an attribute, then classes and clusters."""
-  del record
-  return join([_rows(numbers) if "metric" in numbers else None, _probes(numbers)])
+  return join([_rows(numbers) if "metric" in numbers else None,
+               _applied(record.get("group_thresholds")), _probes(numbers)])
 
 
 def _rows(numbers):
@@ -32,6 +32,29 @@ def _rows(numbers):
     parts.append(_part("By cluster", clusters["groups"], "group", "value", metric,
                        clusters["worst"]))
   return join(parts)
+
+
+def _applied(found):
+  """What the thresholds that predictions are made with do, a column a split."""
+  if not found:
+    return None
+  at = ", ".join(f"{group} {words.number(value, '')}" for group, value in found["at"].items())
+  said = (f"Predictions are {found['positive']} from a probability that depends on {found['by']}: "
+          f"{at} (task.thresholds, fitted on validation). Results, and the groups above, are by "
+          "one threshold for all.")
+  splits = found["splits"]
+  rows = [["rows", *[(f"{one['n']:,}", "n") for one in splits.values()]],
+          [f"of them without a known {found['by']}",
+           *[(f"{one['without']:,}", "n") for one in splits.values()]]]
+  for key, label in (("accuracy_before", "accuracy, one threshold"),
+                     ("accuracy", "accuracy, one a group"),
+                     ("equalised_odds_before", "equalised-odds difference, one threshold"),
+                     ("equalised_odds", "equalised-odds difference, one a group")):
+    rows.append([label, *[_cell(one[key], one[f"{key}_interval"], "accuracy")
+                          for one in splits.values()]])
+  table = elements.table("In per cent and points, with 95 % intervals",
+                         ["", *[(name(split), "n") for split in splits]], rows)
+  return join([h("h3", f"Thresholds by {found['by']}"), h("p", said), table])
 
 
 def _probes(numbers):
