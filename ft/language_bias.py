@@ -55,8 +55,10 @@ def crows_pairs(records) -> list[Item]:
 
 
 def bbq(records) -> list[Item]:
-  """Items of three texts, the answers in their order, grouped by category.
+  """Items of three texts, grouped by category: context and question with each of the answers.
 
+  What stands before the answers is the same, so that the likeliest text is that of the likeliest
+  answer; it is not divided by the answer's length, which favours short ones before and after alike.
   Facts: ambiguous (bool); label, unknown (which answer is right, and which is "unknown"); biased:
   which is in line with the stereotype, None where the row does not tell.
   """

@@ -40,8 +40,8 @@ def _applied(found):
     return None
   at = ", ".join(f"{group} {words.number(value, '')}" for group, value in found["at"].items())
   said = (f"Predictions are {found['positive']} from a probability that depends on {found['by']}: "
-          f"{at} (task.thresholds, fitted on validation). Results, and the groups above, are by "
-          "one threshold for all.")
+          f"{at} (task.thresholds, fitted on validation; a group with few rows of either label "
+          "keeps 0.5). Results, and the groups above, are by one threshold for all.")
   splits = found["splits"]
   rows = [["rows", *[(f"{one['n']:,}", "n") for one in splits.values()]],
           [f"of them without a known {found['by']}",
