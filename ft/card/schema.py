@@ -71,6 +71,11 @@ FIELDS = (
     ("calibration.*", "any", "further numbers of the calibrate guard"),
     ("abstention.threshold", "number!", "of the confidence, fitted on validation"),
     ("abstention.splits.*", "dict", "split -> answered, accuracy_answered, unknown_refused, …"),
+    ("group_thresholds.by", "str!", "column of data.attributes whose groups have a threshold"),
+    ("group_thresholds.positive", "str!", "label that counts as positive"),
+    ("group_thresholds.at.*", "number", "group -> probability from which it is decided"),
+    ("group_thresholds.splits.*", "dict", "split -> n, without (rows of no group), accuracy and "
+     "equalised_odds with intervals, before the thresholds too, change"),
     ("screening.positive", "str!", "label that counts as positive"),
     ("screening.threshold", "number!", "probability from which rows are flagged, from validation"),
     ("screening.asked", "number!", "specificity that the threshold was chosen for"),

@@ -48,6 +48,7 @@ class Preprocess:
     buckets: lengths to pad to, the last one is max_length.
     info: what models.inspect said; of a finished run folder and hf_config only.
     speakers: who speaks in turns -> role, see `turns.messages`.
+    attributes: columns of data.attributes, which rows for prediction have where the file does.
     tokenizer: a tokenizers.Tokenizer, which cuts at max_length where truncation says so.
     target_tokenizer: of texts that the model writes: that one, or a Marian model's second one.
     counts: {"truncated": examples that were cut, "too_long": examples refused for their length}.
@@ -63,6 +64,7 @@ class Preprocess:
     self.max_length, self.truncation = int(config.max_length), config.truncation
     self.columns = {r: c for r, c in (getattr(config, "columns", None) or {}).items()
                     if r in ("text", "text_b", "turns")}
+    self.attributes = tuple(getattr(config, "attributes", ()))
     self.counts = {"truncated": 0, "too_long": 0}
     self._stops = config.truncation == "error"
     self.info = info
@@ -213,7 +215,7 @@ class Preprocess:
 
   def read_rows(self, source: str) -> Iterator[dict | errors.RowError]:
     """Yields rows for prediction, with the columns the run was trained with; see `read_rows`."""
-    return read_rows(source, self.columns)
+    return read_rows(source, self.columns, self.attributes)
 
   def try_it(self, folder) -> str:
     """Returns the command that predicts on text of the user's own with the run in a folder."""
@@ -226,6 +228,7 @@ class Preprocess:
     """Returns what `from_spec` needs, as JSON; the tokenizer itself is saved with the model."""
     return {"modality": "text", "max_length": self.max_length, "truncation": self.truncation,
             "buckets": list(self.buckets), "columns": self.columns,
+            "attributes": list(self.attributes),
             "speakers": self.speakers, "tokenizer": _fingerprint(self._tokenizer)}
 
   @classmethod
@@ -237,7 +240,8 @@ class Preprocess:
     """
     folder = pathlib.Path(folder)
     values = {key: spec.get(key, default) for key, (default, *_) in KEYS.items()}
-    config = types.SimpleNamespace(**values, columns=spec.get("columns"))
+    config = types.SimpleNamespace(**values, columns=spec.get("columns"),
+                                   attributes=spec.get("attributes", ()))
     info = types.SimpleNamespace(folder=folder, hf_config=_json(folder / "config.json"))
     self = cls(config, info)
     self._stops = False
@@ -284,7 +288,8 @@ class Preprocess:
 from_spec = Preprocess.from_spec
 
 
-def read_rows(source: str, columns: dict | None = None) -> Iterator[dict | errors.RowError]:
+def read_rows(source: str, columns: dict | None = None,
+              attributes: tuple[str, ...] = ()) -> Iterator[dict | errors.RowError]:
   """Yields {"text": …} for prediction, one at a time; a RowError for a row that is unreadable.
 
   An object of a JSONL file, or of standard input, may have "turns" instead.
@@ -294,6 +299,7 @@ def read_rows(source: str, columns: dict | None = None) -> Iterator[dict | error
       one text a line. A line of standard input that is a JSON object with the text is one.
     columns: role (text, text_b, turns) -> its column, such as `Preprocess.columns`; by default
       each is called as its role.
+    attributes: columns of which a row's "attributes" hold those that it has.
 
   Raises:
     UserError: there is no such file, it is empty, or it has no column for the text.
@@ -301,7 +307,7 @@ def read_rows(source: str, columns: dict | None = None) -> Iterator[dict | error
   columns = {"text": "text", "text_b": "text_b", "turns": "turns", **(columns or {})}
   if source == "-":
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    yield from _line_rows(sys.stdin, "standard input", columns)
+    yield from _line_rows(sys.stdin, "standard input", columns, attributes)
     return
   path = pathlib.Path(source)
   if not path.exists():
@@ -312,26 +318,28 @@ def read_rows(source: str, columns: dict | None = None) -> Iterator[dict | error
           ".ndjson": _object_rows}.get(path.suffix.lower(), _line_rows)
   # undecodable bytes spoil the row they are in, not the file
   with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-    yield from read(file, str(path), columns)
+    yield from read(file, str(path), columns, attributes)
 
 
-def _line_rows(file, name: str, columns: dict):
+def _line_rows(file, name: str, columns: dict, attributes: tuple):
   for number, line in enumerate(file, 1):
     line = line.rstrip("\r\n")
-    row = _object(line, columns) if name == "standard input" and line.startswith("{") else None
+    row = None
+    if name == "standard input" and line.startswith("{"):
+      row = _object(line, columns, attributes)
     yield _checked(row or {"text": line}, f"{name}: line {number}")
 
 
-def _object_rows(file, name: str, columns: dict):
+def _object_rows(file, name: str, columns: dict, attributes: tuple):
   for number, line in enumerate(file, 1):
     if line.strip():
-      row = _object(line, columns)
+      row = _object(line, columns, attributes)
       where = f"{name}: line {number}"
       yield _checked(row, where) if row else errors.RowError(
           f"{where}: not a JSON object with {columns['text']!r} or {columns['turns']!r}")
 
 
-def _table_rows(file, name: str, columns: dict):
+def _table_rows(file, name: str, columns: dict, attributes: tuple):
   csv.field_size_limit(2**31 - 1)
   tabs = name.lower().endswith(".tsv")
   reader = csv.reader(file, delimiter="\t" if tabs else ",",
@@ -348,10 +356,11 @@ def _table_rows(file, name: str, columns: dict):
       yield errors.RowError(f"{where}: {len(fields)} fields, the header has {len(header)}")
     elif fields:
       record = dict(zip(header, fields, strict=True))
-      yield _checked({r: record[c] for r, c in columns.items() if c in record}, where)
+      row = {r: record[c] for r, c in columns.items() if c in record}
+      yield _checked({**row, **_attributes(record, attributes)}, where)
 
 
-def _object(line: str, columns: dict) -> dict | None:
+def _object(line: str, columns: dict, attributes: tuple) -> dict | None:
   """Returns the roles of a JSON object; None for a line that is none or has no text or turns."""
   try:
     record = json.loads(line)
@@ -361,7 +370,13 @@ def _object(line: str, columns: dict) -> dict | None:
     return None
   kinds = {role: list if role == "turns" else str for role in columns}
   row = {role: record[c] for role, c in columns.items() if isinstance(record.get(c), kinds[role])}
-  return row if {"text", "turns"} & set(row) else None
+  return {**row, **_attributes(record, attributes)} if {"text", "turns"} & set(row) else None
+
+
+def _attributes(record: dict, names: tuple) -> dict:
+  """Returns {"attributes": those that a record has}; {} where it has none."""
+  there = {name: str(record[name]) for name in names if record.get(name) is not None}
+  return {"attributes": there} if there else {}
 
 
 def _checked(row: dict, where: str) -> dict | errors.RowError:

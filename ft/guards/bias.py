@@ -4,15 +4,17 @@ By every column of data.attributes, and by pairs of them: the metric of each gro
 interval, the worst one, equalised-odds and demographic-parity differences, calibration. Without
 such columns: the worst class, and the worst cluster of what the model sees (k-means on the untuned
 features). There always is a worst group; whether chance alone makes one as bad is said by
-permutation. Definitions and sources: `ft/fairness.py`.
+permutation. Definitions and sources: `ft/fairness.py`. With `probes`, causal language models are
+asked for stereotypes before and after tuning, see `ft/language_bias.py`.
 """
 
 import dataclasses
 import itertools
 
 import numpy as np
+from absl import logging
 
-from ft import fairness, guards, stats
+from ft import fairness, guards, language_bias, stats
 
 KEYS = {
   "on": (True, "measure whom the model fails"),
@@ -28,6 +30,11 @@ KEYS = {
   "error": (0.2, "share by which a group's error is above the average that counts as a warning, "
             "where the metric is an error", (0.0, None)),
   "alarm": (0.3, "any of these, less error, that counts as an alarm", (0.0, 1.0)),
+  "probes": (None, "stereotypes of a causal language model before and after tuning: crows_pairs, "
+             "bbq, winogender -> its file or folder", "dict"),
+  "probe_rows": (500, "most rows of a probe that both models are asked", (1, None)),
+  "probe_gap": (0.05, "share or score that tuning goes further from even on a probe that counts as "
+                "a warning", (0.0, 1.0)),
 }
 CHANCE = 0.05  # level at which a worst group is no accident
 MOST = 20_000  # test rows that are looked at
@@ -35,8 +42,35 @@ SMALLEST = 0.01  # share of the rows below which a cluster is none
 COMPARED = 4_000  # rows that the clusters are made of
 
 
+def gather(config, context):
+  """Asks both models the probes, where any are named; see `language_bias.ask`."""
+  if not config.probes:
+    return {}
+  try:
+    return language_bias.ask(dict(config.probes.items()), config.probe_rows, context)
+  # As in `guards.gather`: what the probes cannot do must not cost the groups.
+  except Exception as error:  # noqa: BLE001
+    logging.exception("guard bias: the probes failed")
+    return {"probes": [], "missing": [f"the probes failed: {type(error).__name__}: {error}"]}
+
+
 def measure(config, evidence):
-  """The guard.
+  """The guard; its numbers are those of `_by_rows`, and with guard.bias.probes
+  those of `language_bias.ask`: "probes", and in "missing" reasons why there are no more.
+  """
+  found, asked = _by_rows(config, evidence), evidence.gathered.get("bias")
+  if not asked:
+    return found
+  verdict, said = language_bias.judged(asked, config.probe_gap)
+  verdicts = [v for v in (verdict, found["verdict"]) if v != "not measured"]
+  worst = max(verdicts, key=guards.VERDICTS.index) if verdicts else "not measured"
+  missing = [*found["numbers"].get("missing", []), *asked["missing"]]
+  return guards.result(worst, f"{said} {found['words']}",
+                       {**found["numbers"], "probes": asked["probes"], "missing": missing})
+
+
+def _by_rows(config, evidence):
+  """What the rows of test say.
 
   Numbers: n; metric; mode; average; "by": one dict an attribute or pair of them, with by, groups
   (group, n, few, value, interval; of classifiers ece, and of two classes the rates of

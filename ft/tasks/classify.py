@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 
 from ft import (
   abstaining,
   errors,
+  group_thresholds,
   mixing,
   neighbours,
   probes,
@@ -39,6 +41,8 @@ KEYS = {
                "predictions abstain; 0: all are", (0.0, 1.0)),
   "specificity": (0.0, "share of negatives that the threshold from which rows are flagged as "
                   "positive leaves below it on validation; 0: none is flagged", (0.0, 1.0)),
+  "thresholds": ("", "column of data.attributes whose groups get a threshold each, of two labels, "
+                 "fitted on validation; rows of tables and texts have it at prediction; empty: no"),
   "prevalence": (0.0, "share of positives that predictive values and net benefit are stated for; "
                  "0: that of each split", (0.0, 1.0)),
   "positive": ("", "label that counts as positive; empty: the second of two"),
@@ -54,7 +58,7 @@ KEYS = {
 }
 
 # What a batch holds beside the model's inputs.
-BOOKKEEPING = ("label", "weight", "index", "stop")
+BOOKKEEPING = ("label", "group", "weight", "index", "stop")
 BEST = 5  # labels among which the true one may be, in a metric beside accuracy
 
 
@@ -102,6 +106,8 @@ class Task:
     self._settle(config.labels_kind, labels, config.metric, preprocess,
                  getattr(data, "unknown", ()), config.coverage,
                  (config.positive, config.specificity, config.prevalence))
+    self._groups = group_thresholds.settle(
+      config.thresholds, () if self.multi else labels, data, not config.coverage)
     for name, rows in data.splits.items():
       self._check_known(named[name], rows)
     there = _order({label for names in named["train"] for label in names})
@@ -118,6 +124,7 @@ class Task:
   def _settle(self, kind, labels, metric, preprocess, unknown=(), coverage=0.0,
               screens=("", 0.0, 0.0)):
     self.multi, self._unknown, self._coverage = kind == "multi", tuple(unknown), coverage
+    self._groups = None
     self.labels = list(labels)
     self._screens, self._screening = screens, screening.settle(self.labels, *screens)
     self.metric = (metric, "max")
@@ -157,7 +164,8 @@ class Task:
     """Returns what `from_spec` needs, as JSON."""
     return {"labels": self.labels, "labels_kind": "multi" if self.multi else "single",
             "metric": self.metric[0], "unknown": list(self._unknown), "coverage": self._coverage,
-            "screening": list(self._screens)}
+            "screening": list(self._screens),
+            "thresholds": self._groups and [self._groups.by, list(self._groups.groups)]}
 
   @classmethod
   def from_spec(cls, spec: Mapping, preprocess) -> "Task":
@@ -166,6 +174,8 @@ class Task:
     task._settle(spec["labels_kind"], spec["labels"], spec["metric"], preprocess,
                  spec.get("unknown", ()), spec.get("coverage", 0.0),
                  spec.get("screening", ("", 0.0, 0.0)))
+    if named := spec.get("thresholds"):
+      task._groups = group_thresholds.GroupThresholds(named[0], tuple(named[1]))
     return task
 
   def describe_task(self) -> dict:
@@ -184,8 +194,8 @@ class Task:
   # On the device.
 
   def example(self, row: dict) -> dict:
-    """Returns preprocess(row) with "label": () int32, or (C,) float32 multi-hot."""
-    example = self.preprocess(row)
+    """Returns `unlabelled(row)` with "label": () int32, or (C,) float32 multi-hot."""
+    example = self.unlabelled(row)
     names = _names(row["label"], self.multi)
     if self.multi:
       label = np.zeros(len(self.labels), np.float32)
@@ -195,8 +205,12 @@ class Task:
     return {**example, "label": np.asarray(label)}
 
   def unlabelled(self, row: dict) -> dict:
-    """Returns preprocess(row): an example for what takes no loss of its label."""
-    return self.preprocess(row)
+    """Returns preprocess(row): an example for what takes no loss of its label.
+
+    With task.thresholds also "group": () int32, see `group_thresholds`.
+    """
+    example = self.preprocess(row)
+    return {**example, "group": self._groups.code(row)} if self._groups else example
 
   def _number(self, name: str) -> int:
     if name in self._unknown:
@@ -293,17 +307,17 @@ class Task:
     return self.preprocess.finish(inputs)
 
   def predict(self, apply: Callable, variables, batch: dict) -> dict:
-    """Returns {"logits": (B, C) float32} and, where the batch has it, "label"."""
+    """Returns {"logits": (B, C) float32} and, where the batch has them, "label" and "group"."""
     logits = apply(variables, self._inputs(batch), None)["logits"].astype(jnp.float32)
-    return {"logits": logits, **_label(batch)}
+    return {"logits": logits, **_beside(batch)}
 
   def features(self, apply: Callable, variables, batch: dict) -> dict:
-    """Returns {"features": (B, D) float32}, what the head reads, and "label" where it is there.
+    """Returns {"features": (B, D) float32}, what the head reads, and what `predict` has beside.
 
     With task.zero_shot also "zero_shot" (B, C), the logits that prompts give.
     """
     outputs = apply(variables, self._inputs(batch), None)
-    found = {"features": outputs["features"].astype(jnp.float32), **_label(batch)}
+    found = {"features": outputs["features"].astype(jnp.float32), **_beside(batch)}
     if "texts" in variables.get(tune.COMPANY, {}):
       found["zero_shot"] = zero_shot.logits(variables[tune.COMPANY], outputs["pooler_output"])
     return found
@@ -380,7 +394,8 @@ class Task:
 
     {"temperature": T} (`stats.fit_temperature`) and, with task.coverage, the "threshold" that this
     share of the rows' confidences, at that temperature, lies above; with task.specificity "flag",
-    the calibrated probability from which a row is flagged as positive.
+    the calibrated probability from which a row is flagged as positive; with task.thresholds
+    "groups", see `group_thresholds`.
     """
     found = {"temperature": stats.fit_temperature(outputs["logits"], outputs["label"])}
     if self._coverage:
@@ -388,6 +403,8 @@ class Task:
                                                 self._coverage)
     if self._screening:
       found["flag"] = self._screening.threshold(*self._known(outputs, found["temperature"]))
+    if self._groups:
+      found["groups"] = self._groups.fit(outputs)
     return found
 
   def _known(self, outputs: dict, temperature: float) -> tuple:
@@ -400,7 +417,7 @@ class Task:
     """Returns the answer for one row as JSON types.
 
     Args:
-      outputs: "logits" (C,).
+      outputs: "logits" (C,) and, with task.thresholds, "group" ().
       calibration: what `calibrate` returned.
 
     Returns:
@@ -408,7 +425,7 @@ class Task:
       threshold of task.coverage), confidence (calibrated probability of the
       label; multi: of the least certain of the decisions), probabilities {label: calibrated}; with
       task.specificity "flagged", whether the probability of the positive label reaches the
-      threshold.
+      threshold; with task.thresholds "group", whose threshold decided (None: the row has none).
     """
     logits = np.asarray(outputs["logits"], np.float64) / calibration["temperature"]
     chances = self._probabilities(logits)
@@ -425,11 +442,23 @@ class Task:
     }
     if self._screening:
       found["flagged"] = bool(chances[self._screening.positive] >= calibration["flag"])
+    if self._groups:
+      found |= self._by_group(outputs, chances, calibration["groups"])
     return found
+
+  def _by_group(self, outputs: dict, chances, at: Mapping) -> dict:
+    """Returns "group" and, where that has a threshold, the "label" and "confidence" by it."""
+    label = self._groups.decide(outputs["logits"], outputs["group"], at)
+    if label is None:
+      logging.log_first_n(logging.WARNING, "rows without a known %s are decided as ever; their "
+                          "answers have group null", 1, self._groups.by)
+      return {"group": None}
+    return {"group": self._groups.group(outputs["group"]), "label": self.labels[label],
+            "confidence": float(chances[label])}
 
   def evidence(self, outputs: dict, calibration: Mapping) -> dict:
     """Returns the card's fields about the tuned outputs: the confusion matrix of test, and what
-    abstaining, and flagging positives, do on every split but validation."""
+    abstaining, flagging positives, and thresholds a group do on every split but validation."""
     test, found = outputs.get("test"), {}
     if self.multi or test is None:
       return {}
@@ -448,6 +477,11 @@ class Task:
         "validation": float((known["validation"][1] == self._screening.positive).mean()),
         "splits": {name: self._screening.account(*part, calibration["flag"])
                    for name, part in known.items() if name != "validation"}}
+    if self._groups:
+      found["group_thresholds"] = {
+        "by": self._groups.by, "positive": self.labels[1], "at": calibration["groups"],
+        "splits": {name: self._groups.account(part, calibration["groups"])
+                   for name, part in outputs.items() if name != "validation"}}
     return found
 
   def baselines(self, features: dict) -> dict:
@@ -495,8 +529,8 @@ def _kl(base, ours):
   return jnp.sum(jnp.exp(known) * (known - jax.nn.log_softmax(ours)), -1)
 
 
-def _label(batch: dict) -> dict:
-  return {"label": batch["label"]} if "label" in batch else {}
+def _beside(batch: dict) -> dict:
+  return {key: batch[key] for key in ("label", "group") if key in batch}
 
 
 def _names(label, multi: bool) -> list[str]:

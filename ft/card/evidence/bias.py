@@ -10,7 +10,12 @@ LISTED = 40  # rows of a table
 
 def section(numbers, record):
   """The part of the page: a figure and a table an attribute, then classes and clusters."""
-  del record
+  return join([_rows(numbers) if "metric" in numbers else None,
+               _applied(record.get("group_thresholds")), _probes(numbers)])
+
+
+def _rows(numbers):
+  """By attribute, class and cluster of the test rows."""
   metric = numbers["metric"]
   parts = [h("p", _intro(numbers))]
   for found in numbers["by"]:
@@ -27,6 +32,60 @@ def section(numbers, record):
     parts.append(_part("By cluster", clusters["groups"], "group", "value", metric,
                        clusters["worst"]))
   return join(parts)
+
+
+def _applied(found):
+  """What the thresholds that predictions are made with do, a column a split."""
+  if not found:
+    return None
+  at = ", ".join(f"{group} {words.number(value, '')}" for group, value in found["at"].items())
+  said = (f"Predictions are {found['positive']} from a probability that depends on {found['by']}: "
+          f"{at} (task.thresholds, fitted on validation; a group with few rows of either label "
+          "keeps 0.5). Results, and the groups above, are by one threshold for all.")
+  splits = found["splits"]
+  rows = [["rows", *[(f"{one['n']:,}", "n") for one in splits.values()]],
+          [f"of them without a known {found['by']}",
+           *[(f"{one['without']:,}", "n") for one in splits.values()]]]
+  for key, label in (("accuracy_before", "accuracy, one threshold"),
+                     ("accuracy", "accuracy, one a group"),
+                     ("equalised_odds_before", "equalised-odds difference, one threshold"),
+                     ("equalised_odds", "equalised-odds difference, one a group")):
+    rows.append([label, *[_cell(one[key], one[f"{key}_interval"], "accuracy")
+                          for one in splits.values()]])
+  table = elements.table("In per cent and points, with 95 % intervals",
+                         ["", *[(name(split), "n") for split in splits]], rows)
+  return join([h("h3", f"Thresholds by {found['by']}"), h("p", said), table])
+
+
+def _probes(numbers):
+  """What a language model finds likelier, before and after tuning: a table a probe."""
+  parts = []
+  for probe in numbers.get("probes", ()):
+    plain = [row for row in probe["measures"] if "interval" in row]
+    single = [row for row in probe["measures"] if "interval" not in row]
+    left = f" {probe['left_out']:,} rows were too long." if probe["left_out"] else ""
+    head = ["measure", ("rows", "n"), ("even", "n"), ("before", "n"), ("after", "n"),
+            ("change", "n")]
+    parts += [h("h3", f"{probe['probe']}: before and after tuning"),
+              h("p", f"Both models were asked the same {probe['n']:,} rows of {probe['source']}; "
+                f"even is without stereotypes.{left}"),
+              elements.table("All, then by group", head, [_probe_row(row) for row in plain])]
+    if single:
+      parts.append(elements.details(f"{single[0]['measure']}, by occupation", elements.table(
+        "By occupation", head, [_probe_row(row) for row in single])))
+  if "metric" not in numbers and numbers.get("missing"):
+    parts.append(h("p", f"Not measured: {'; '.join(numbers['missing'])}."))
+  return join(parts)
+
+
+def _probe_row(row):
+  """A measure's cells."""
+  metric = "" if row["even"] == 0 or "interval" not in row else "accuracy"
+  few = " (few)" if row["few"] and "interval" in row else ""
+  return [f"{row['group']}: {row['measure']}", (f"{row['n']:,}{few}", "n"),
+          (words.number(row["even"], metric), "n"),
+          *[_cell(row[key], row.get(f"{key}_interval"), metric) for key in ("before", "after")],
+          _cell(row["difference"], row.get("interval"), metric)]
 
 
 def _intro(numbers):
