@@ -113,11 +113,11 @@ class Sweep:
   def _open(self, url, name) -> tuple:
     """(study, whether it is new)."""
     o, s = self.optuna, self.settings
-    pruner = {"median": o.pruners.MedianPruner(n_startup_trials=4),
-              "halving": o.pruners.SuccessiveHalvingPruner(s.rung or "auto",
-                                                           reduction_factor=s.keep),
-              "none": o.pruners.NopPruner()}[s.pruner]
-    how = {"study_name": name, "storage": self._storage(url), "pruner": pruner}
+    make = {"median": lambda: o.pruners.MedianPruner(n_startup_trials=4),
+            "halving": lambda: o.pruners.SuccessiveHalvingPruner(s.rung or "auto",
+                                                                 reduction_factor=s.keep),
+            "none": o.pruners.NopPruner}[s.pruner]
+    how = {"study_name": name, "storage": self._storage(url), "pruner": make()}
     try:
       study, made = o.create_study(direction="maximize", **how), True
     except o.exceptions.DuplicatedStudyError:

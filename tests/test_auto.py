@@ -2,7 +2,7 @@
 
 import json
 
-import conftest
+import commands
 import pytest
 from card import fake_runs
 
@@ -151,10 +151,5 @@ def test_the_script_chooses_trains_and_predicts(tiny, tmp_path):
   assert "finished" in tiny.train(tmp_path / "auto", *words).stderr
   rows = tmp_path / "rows.txt"
   rows.write_text("a great film\n")
-  import subprocess
-  import sys
-  said = subprocess.run([sys.executable, "scripts/predict.py", f"--run={tmp_path / 'auto'}",
-                         f"--input={rows}", f"--output={tmp_path / 'out.jsonl'}"],
-                        cwd=conftest.ROOT, env=tiny.environment(), capture_output=True, text=True,
-                        timeout=200)
-  assert said.returncode == 0, said.stderr[-2000:]
+  commands.script("predict", f"--run={tmp_path / 'auto'}", f"--input={rows}",
+                  f"--output={tmp_path / 'out.jsonl'}")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 
+import commands
 import conftest
 import pytest
 
@@ -310,16 +311,26 @@ def test_an_account_without_a_whole_trial():
 # ---- The script ----------------------------------------------------------------------------------
 
 
-def script(tiny, folder, *words):
-  return [sys.executable, "scripts/sweep.py", f"--config={tiny.config}", f"--workdir={folder}",
+def flags(tiny, folder, *words):
+  return [f"--config={tiny.config}", f"--workdir={folder}",
           "--space=optim.rate=log:1e-4:1e-1", "--rates=3", "--trials=3",
           "--config.train.steps=12", "--config.train.eval_every=4", *words]
+
+
+def test_the_script_tries_as_many_as_it_is_told(tiny, tmp_path):
+  words = ("--trials=1", "--rates=0", "--pruner=halving", "--minutes=9", "--seed=3", "--nojudge",
+           "--config.train.steps=2", "--config.train.train_sample=0")
+  commands.script("sweep", *flags(tiny, tmp_path / "sweep", *words))
+  record = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+  assert [row["state"] for row in record["trials"]] == ["complete"]
+  assert record["judged"] == [] and (tmp_path / "sweep" / "sweep.html").is_file()
 
 
 @pytest.mark.slow
 def test_the_script_survives_a_signal_and_judges_the_winner_alone(tiny, tmp_path):
   folder = tmp_path / "sweep"
-  started = subprocess.Popen(script(tiny, folder), cwd=conftest.ROOT, env=tiny.environment(),
+  command = [sys.executable, "scripts/sweep.py", *flags(tiny, folder)]
+  started = subprocess.Popen(command, cwd=conftest.ROOT, env=commands.environment(),
                              stderr=subprocess.PIPE, text=True)
   for line in started.stderr:
     if "step 4" in line:
@@ -327,9 +338,7 @@ def test_the_script_survives_a_signal_and_judges_the_winner_alone(tiny, tmp_path
       break
   started.communicate(timeout=200)
   assert started.returncode == 75
-  done = subprocess.run(script(tiny, folder), cwd=conftest.ROOT, env=tiny.environment(),
-                        capture_output=True, text=True, timeout=400)
-  assert done.returncode == 0, done.stderr[-3000:]
+  commands.script("sweep", *flags(tiny, folder))
   record = json.loads((folder / "sweep.json").read_text())
   best = next(row for row in record["trials"] if row["number"] == record["best"])
   cards = [path.parent.name for path in folder.glob("trial-*/card.json")]
