@@ -202,6 +202,48 @@ def test_a_failed_trial_is_noted_and_not_tried_again(tmp_path):
   assert len(record["trials"]) == 6
 
 
+class Refuses(Trainer):
+  """Settings of a rank above 8 are impossible, or any at all."""
+
+  def __init__(self, all_of_them=False):
+    super().__init__()
+    self.all_of_them = all_of_them
+
+  def __call__(self, config, folder, command="", watch=None):
+    if self.all_of_them or config.tune.method == "lora" and config.tune.rank > 8:
+      self.seen.append((config.optim.rate, "refused"))
+      raise errors.UserError("tune.rank is larger than the smallest side")
+    return super().__call__(config, folder, command, watch)
+
+
+IMPOSSIBLE = [{"tune.method": "lora", "tune.rank": 16, "optim.rate": 1e-3},
+              {"tune.method": "lora", "tune.rank": 8, "optim.rate": 1e-3}]
+
+
+def test_an_impossible_point_ends_no_search_and_is_not_asked_for_again(tmp_path):
+  record = searched(tmp_path, trainer=Refuses(), first=IMPOSSIBLE, trials=2, rates=0).record()
+  assert [row["state"] for row in record["trials"]] == ["fail", "complete"]
+  assert record["trials"][0]["reason"] == "tune.rank is larger than the smallest side"
+  again = Refuses()
+  found = searched(tmp_path, trainer=again, first=IMPOSSIBLE, trials=3, rates=0)
+  assert len(again.seen) == 1 and again.seen[0][1] == "full"
+  assert len(found.begun()) == 3
+
+
+def test_what_refuses_every_trial_is_told_and_can_be_put_right(tmp_path):
+  refuses = Refuses(all_of_them=True)
+  for _ in range(2):
+    with pytest.raises(errors.UserError, match="tune.rank is larger"):
+      searched(tmp_path, trainer=refuses, first=IMPOSSIBLE, trials=2, rates=0)
+  assert len(refuses.seen) == 4
+  trainer = Trainer()
+  found = searched(tmp_path, trainer=trainer, first=IMPOSSIBLE, trials=2, rates=0)
+  assert trainer.seen == [(1e-3, "lora")] * 2
+  assert len(found.begun()) == 2
+  searched(tmp_path, trainer=trainer, first=IMPOSSIBLE, trials=2, rates=0)
+  assert len(trainer.seen) == 2
+
+
 def test_a_spent_budget_ends_the_search_but_not_the_first_trial(tmp_path):
   found = searched(tmp_path, trials=50, minutes=1e-9)
   assert len(found.begun()) == 1
