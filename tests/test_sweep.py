@@ -344,6 +344,15 @@ def test_the_page_and_the_lines_name_the_winner(tmp_path):
   assert search.conclusion(record) in page
 
 
+@pytest.mark.parametrize("mode,best", [("max", 0.9), ("min", 0.2)])
+def test_the_best_of_each_choice_is_the_metric_s_best(mode, best, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(search.charts, "intervals", lambda rows, *_: drawn.append(rows) or "<svg>")
+  told = [("full", 0.2, True), ("full", 0.9, False), ("lora", 0.5, False)]
+  search._choices(told, "label", "error", mode)
+  assert drawn == [[("full", best, (0.2, 0.9), True), ("lora", 0.5, (0.5, 0.5), False)]]
+
+
 def test_an_account_without_a_whole_trial():
   record = {"title": "t", "metric": "", "mode": "max", "space": {}, "best": None, "judged": [],
             "trials": []}
