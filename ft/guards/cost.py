@@ -9,7 +9,7 @@
   checkpoint_bytes    of the newest checkpoint          devices           how many
   peak_bytes          of device memory, where the platform tells
   platform, device_kind   of jax
-  used                what `compute.Meter` read in this process: seconds, cpu_seconds, joules
+  used                what `compute.Meter` read: seconds, cpu_seconds, joules
 
 Operations are by formula where rows are tokens (see `compute.training_flops`), else three times
 those that the compiler counts in a forward pass. Beside the run stand the baselines: what the
