@@ -64,7 +64,7 @@ def gather(config, context):
     raise guards.Missing("nothing was pretrained: the run started from random weights")
   if not context.tuned.table:
     raise guards.Missing("nothing trained")
-  if context.tuned.only_head and not context.final.state.mutable:
+  if context.tuned.only_head and run.config.model.batch_stats != "train":
     return {"only_head": True}
   base, tuned = retention.sides(context)
   if retention.untrained(run, base):
