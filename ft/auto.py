@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from absl import logging
 
-from ft import card, errors, models, sweep
+from ft import card, errors, models, sweep, workdir
 from ft import config as config_lib
 from ft import train as train_lib
 from ft.card import search
@@ -36,6 +36,7 @@ FEW, MANY = 16, 1000  # rows a class: pairs pay up to the first, full fine-tunin
 RATES = (1e-3, 3e-4, 3e-3)
 FULL = 0.1
 HEAD = {"lora": 3.0, "full": 5.0}  # a new head's rate over the rest's
+RACE = "race"  # the folder of the trials, in that of the run
 FILES = ("card.json", "config.json")  # of the winner, moved last
 
 
@@ -51,25 +52,32 @@ def train(config, folder: os.PathLike, command: str = "",
     run: `train.train`.
 
   Raises:
-    UserError: the data fits no task, or what a run raises.
+    UserError: the data fits no task, the folder is that of another config, or what a run raises.
     TrainingFailed: no way to tune went to its end.
   """
   folder = pathlib.Path(folder)
-  if (folder / card.JSON).is_file():
-    logging.info("%s: this run is finished; card.html shows its results", folder)
-    return None
-  chosen, portfolio, reasons = plan(config)
+  # The config that was asked for is kept with the race; the folder's own will be the winner's.
+  plain = (folder / "config.json").is_file() and not (folder / RACE).is_dir()
+  with workdir.Workdir(folder if plain else folder / RACE, config):
+    if (folder / card.JSON).is_file():
+      logging.info("%s: this run is finished; card.html shows its results", folder)
+      return None
+    return _race(config, folder, command, run)
+
+
+def _race(config, folder, command, run) -> dict:
+  """The choice and the race of `train`."""
+  chosen, portfolio, half, reasons = plan(config)
   for reason in reasons:
     logging.info("auto: %s", reason)
   load = lambda more: config_lib.changed(config, {**chosen, **dict(more)})  # noqa: E731
   settings = sweep.Settings(trials=len(portfolio), rates=0, pruner="halving", keep=2,
-                            spare="head", minutes=config.minutes,
-                            rung=chosen.get("train.steps", 0) // 2)
-  race = sweep.Sweep(load, folder / "race", {}, settings, first=portfolio, train=run)
+                            spare="head", minutes=config.minutes, rung=half)
+  race = sweep.Sweep(load, folder / RACE, {}, settings, first=portfolio, train=run)
   race.go()
   if race.best() is None:
     raise errors.TrainingFailed("no way to tune went to its end; the log says why")
-  winner = folder / "race" / race.best().user_attrs["folder"]
+  winner = folder / RACE / race.best().user_attrs["folder"]
   record = card.read(winner) if (winner / card.JSON).is_file() else race.judge(command)
   account = race.record()
   card.write_text(folder / "race.html", search.page(account))
@@ -80,8 +88,8 @@ def train(config, folder: os.PathLike, command: str = "",
   return record
 
 
-def plan(config) -> tuple[dict, list[dict], list[str]]:
-  """Chooses by rules: (keys that all share, the portfolio, why, in sentences).
+def plan(config) -> tuple[dict, list[dict], int, list[str]]:
+  """Chooses by rules: (keys that all share, the portfolio, half of the steps, why, in sentences).
 
   Args:
     config: complete ConfigDict; its data is read.
@@ -96,8 +104,14 @@ def plan(config) -> tuple[dict, list[dict], list[str]]:
   reasons = [f"the rows have {', '.join(sorted(data.columns)) or 'series'}: the task is {task}"]
   labels = list((data.report["labels"].get("train") or {}).values())
   rows = len(data.splits["train"])
+  untrained = config.model.random or config.model.source.startswith(models.SCRATCH)
   if task == "classify" and len(labels) > 1:
     shared |= length(rows, len(labels))
+  if untrained:
+    found = [{"tune.method": "full", "optim.rate": rate} for rate in RATES]
+    reasons.append("all weights are random, so that nothing is worth keeping as it is: rates of "
+                   "full training are raced")
+  elif task == "classify" and len(labels) > 1:
     found, why = classifying(sorted(labels)[(len(labels) - 1) // 2], rows, len(labels),
                              "text" in data.columns)
     reasons += [why]
@@ -110,8 +124,15 @@ def plan(config) -> tuple[dict, list[dict], list[str]]:
                    "forecasters are small: rates of full fine-tuning are raced")
   reasons.append(f"{len(found)} ways are raced within {config.minutes:g} minutes; at half of the "
                  "steps the better half goes on; validation decides, test is judged once")
+  half = max(1, steps(config_lib.changed(config, shared), rows) // 2)
   notes = [*config.notes, *(f"Chosen by rule: {reason}." for reason in reasons)]
-  return {**shared, "notes": notes}, found, reasons
+  return {**shared, "notes": notes}, found, half, reasons
+
+
+def steps(config, rows: int) -> int:
+  """Steps that a config takes over so many rows of train, before a task packs or pairs them."""
+  c = config.train
+  return c.steps or max(1, round(c.epochs * math.ceil(rows / c.batch)))
 
 
 def task_of(modality: str, roles: set, said: str) -> str:

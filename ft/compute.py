@@ -16,8 +16,8 @@ import numpy as np
 PEAKS = {
   "B200": (2250e12, 1000), "H200": (989e12, 700), "H100 PCIe": (756e12, 350),
   "H100 NVL": (835e12, 400), "H100": (989e12, 700), "A100": (312e12, 400), "A10G": (70e12, 150),
-  "A10": (125e12, 150), "L40S": (362e12, 350), "L4": (121e12, 72), "V100": (125e12, 300),
-  "T4": (65e12, 70), "RTX 4090": (165e12, 450), "RTX 3090": (71e12, 350),
+  "A10": (125e12, 150), "L40S": (362e12, 350), "L40": (181e12, 300), "L4": (121e12, 72),
+  "V100": (125e12, 300), "T4": (65e12, 70), "RTX 4090": (165e12, 450), "RTX 3090": (71e12, 350),
   "TPU v2": (22.5e12, None), "TPU v3": (61.5e12, None), "TPU v4": (275e12, None),
   "TPU v5 lite": (197e12, None), "TPU v5e": (197e12, None), "TPU v5": (459e12, None),
   "TPU v6": (918e12, None),
@@ -70,10 +70,14 @@ def training_flops(parameters: int, trained: int, tokens: float,
 class Meter:
   """Energy from its making on, as far as a counter can be read: of the CPU (RAPL) and GPUs (NVML).
 
-  RAPL counts the whole machine's packages, whoever uses them.
+  RAPL counts the whole machine's packages and NVML all of its GPUs, whoever uses them.
+
+  Attributes:
+    before: what `read` gave to the processes before this one, of a run that goes on.
   """
 
   begun: float = dataclasses.field(default_factory=time.monotonic)
+  before: Mapping = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     self._cpu, self._packages, self._lock = _cpu_seconds(), packages(), threading.Lock()
@@ -97,9 +101,9 @@ class Meter:
         self._last[path] = now
 
   def read(self) -> dict:
-    """Returns what was used so far.
+    """Returns what was used so far, by the processes before this one too.
 
-    {"seconds", "cpu_seconds"} of this process, and where counters can be read "rapl_joules" and
+    {"seconds", "cpu_seconds"}, and where counters could be read by all of them "rapl_joules" and
     "nvml_joules".
     """
     found = {"seconds": time.monotonic() - self.begun, "cpu_seconds": _cpu_seconds() - self._cpu}
@@ -108,7 +112,9 @@ class Meter:
       found["rapl_joules"] = self._joules
     if self._gpus is not None:
       found["nvml_joules"] = gpu_joules() - self._gpus
-    return found
+    if not self.before:
+      return found
+    return {key: value + self.before[key] for key, value in found.items() if key in self.before}
 
 
 def energy(used: Mapping, platform: str, kind: str, devices: int, core_watts: float,
@@ -132,7 +138,7 @@ def energy(used: Mapping, platform: str, kind: str, devices: int, core_watts: fl
   if platform != "cpu":
     watts = device_watts or peak(kind)[1]
     if "nvml_joules" in used:
-      parts.append((used["nvml_joules"], "GPUs by NVML"))
+      parts.append((used["nvml_joules"], "GPUs by NVML, all of the machine"))
     elif watts:
       measured = False
       parts.append((used["seconds"] * watts * devices,

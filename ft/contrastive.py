@@ -90,7 +90,11 @@ class Pairs:
   """Examples that are two others side by side: every array of them gets an axis of 2 at axis 1.
 
   Attributes: those of `loader.Examples` that a loader reads; `indices` are of the first of the two.
+    tokens: (M,) of both, padding not counted; None of examples without lengths.
+    rows_each: rows in a pair.
   """
+
+  rows_each = 2.0
 
   def __init__(self, examples, first, second, pad: dict, **more):
     """Makes pairs of examples.
@@ -106,6 +110,7 @@ class Pairs:
     self.indices = examples.indices[first]
     lengths = examples.lengths
     self.lengths = None if lengths is None else lengths[self._pairs].max(1)
+    self.tokens = None if lengths is None else lengths[self._pairs].sum(1)
     self.cached = examples.cached
 
   def __len__(self):

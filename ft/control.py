@@ -6,9 +6,10 @@ training at another rate may reach more. What is compared is what the same compu
 
 import pathlib
 
+import jax
 from absl import logging
 
-from ft import card, train
+from ft import card, errors, mesh, train
 from ft import config as configs
 from ft.card import compare, words
 from ft.guards import cost, overfit
@@ -19,11 +20,21 @@ PLAIN = {"model": {"random": True}, "train": {"baselines": False, "export": Fals
          "average": {"wise": ()}}
 
 
-def from_scratch(config, folder) -> dict | None:
+def check(config) -> None:
+  """Raises UserError, before anything trains, where no control could be trained behind the run."""
+  if not config.guard.cost.scratch:
+    return
+  mesh.start(config.mesh)
+  if jax.process_count() > 1:
+    raise errors.UserError(
+        f"guard.cost.scratch is for runs of one process, and this one has {jax.process_count()}; "
+        "leave it at False, or train with --config.model.random=True in a folder of its own")
+
+
+def from_scratch(folder) -> dict | None:
   """Trains the control of a finished run and writes what it reached on the run's card.
 
   Args:
-    config: of the run.
     folder: the run's; a control that was begun goes on, one that is on the card is left alone.
 
   Returns:
@@ -38,7 +49,8 @@ def from_scratch(config, folder) -> dict | None:
   if "scratch" in numbers:
     return None
   logging.info("training the same model from random weights, in %s", folder / FOLDER)
-  train.train(changed(config), folder / FOLDER)
+  # The card's config is what trained, where the one given left the choice to a race.
+  train.train(changed(configs.from_json(record["config"])), folder / FOLDER)
   other = card.read(folder / FOLDER)
   numbers["scratch"] = compared(record, other)
   record["cost"] = numbers

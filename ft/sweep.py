@@ -87,6 +87,7 @@ class Sweep:
                train: Callable = train_lib.train):
     self.folder, self.load, self.space, self.settings = pathlib.Path(folder), load, space, settings
     self.train, self.began, self.base = train, time.monotonic(), load([])
+    self._refused = None  # the newest UserError of a trial
     if self.base.mesh.processes > 1:
       raise errors.UserError("mesh.processes: a trial is one process; start several workers with "
                              "one --storage in place of it")
@@ -113,11 +114,11 @@ class Sweep:
   def _open(self, url, name) -> tuple:
     """(study, whether it is new)."""
     o, s = self.optuna, self.settings
-    pruner = {"median": o.pruners.MedianPruner(n_startup_trials=4),
-              "halving": o.pruners.SuccessiveHalvingPruner(s.rung or "auto",
-                                                           reduction_factor=s.keep),
-              "none": o.pruners.NopPruner()}[s.pruner]
-    how = {"study_name": name, "storage": self._storage(url), "pruner": pruner}
+    make = {"median": lambda: o.pruners.MedianPruner(n_startup_trials=4),
+            "halving": lambda: o.pruners.SuccessiveHalvingPruner(s.rung or "auto",
+                                                                 reduction_factor=s.keep),
+            "none": o.pruners.NopPruner}[s.pruner]
+    how = {"study_name": name, "storage": self._storage(url), "pruner": make()}
     try:
       study, made = o.create_study(direction="maximize", **how), True
     except o.exceptions.DuplicatedStudyError:
@@ -159,8 +160,9 @@ class Sweep:
         "--study:\n  " + "\n  ".join(changed or ["the space differs"]))
 
   def trials(self, *states) -> list:
-    """Trials of the given states, such as "COMPLETE", by number."""
-    return [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.name in states]
+    """Trials of the given states, such as "COMPLETE", by number; all if none is given."""
+    return [trial for trial in self.study.get_trials(deepcopy=False)
+            if not states or trial.state.name in states]
 
   def best(self):
     """The trial that went to its end with the best validation, or None."""
@@ -169,7 +171,12 @@ class Sweep:
   def begun(self) -> list:
     """Trials that count: all but those that wait, or were interrupted and are asked for again."""
     return [trial for trial in self.trials("COMPLETE", "PRUNED", "RUNNING", "FAIL")
-            if trial.state.name != "FAIL" or "reason" in trial.user_attrs]
+            if trial.state.name != "FAIL" or not self._void(trial)]
+
+  def _void(self, trial) -> bool:
+    """Whether a failed trial says nothing of its settings: interrupted, or refused as all were."""
+    return ("reason" not in trial.user_attrs
+            or trial.number in self.study.user_attrs.get("void", []))
 
   # What is tried.
 
@@ -218,8 +225,7 @@ class Sweep:
   def _ask_again(self, trial) -> None:
     """Has the settings of a trial that was interrupted tried again, once."""
     told = {key: trial.user_attrs[key] for key in ("asked", "outside") if key in trial.user_attrs}
-    later = [_identity(other) for other in self.trials("WAITING", "RUNNING", "COMPLETE", "PRUNED")
-             if other.number > trial.number]
+    later = [_identity(other) for other in self.trials() if other.number > trial.number]
     if _identity(trial) not in later:
       self.study.enqueue_trial(_params(trial), user_attrs=told)
 
@@ -230,7 +236,7 @@ class Sweep:
       if host == socket.gethostname() and not _alive(process):
         self.study.tell(trial.number, state=self.optuna.trial.TrialState.FAIL)
     for trial in self.trials("FAIL"):
-      if "reason" not in trial.user_attrs:
+      if self._void(trial):
         self._ask_again(trial)
 
   # The search.
@@ -242,15 +248,20 @@ class Sweep:
       after: called behind each trial.
 
     Raises:
-      UserError, Preempted: as `train.train`; a trial that fails in training is noted as such.
+      Preempted: as `train.train`; a trial that fails in training is noted as such.
+      UserError: no trial went to its end, and this is why the last one was refused. One that is
+        refused beside others that are not, such as for a rank too large, is noted as failed.
     """
     self._pick_up()
     while len(self.begun()) < self.settings.trials and not self._spent():
-      self.study.optimize(self._one, n_trials=1, catch=(errors.TrainingFailed,))
+      self.study.optimize(self._one, n_trials=1, catch=(errors.TrainingFailed, errors.UserError))
       self._tidy()
       after()
       gc.collect()
       jax.clear_caches()  # programs of one trial are of no use to the next
+    if self._refused and self.best() is None:  # what all share is wrong, and may be put right
+      self.study.set_user_attr("void", [trial.number for trial in self.trials("FAIL")])
+      raise self._refused
 
   def _spent(self) -> bool:
     """Whether the budget is gone; the first trial always goes to its end."""
@@ -273,11 +284,12 @@ class Sweep:
     began = time.monotonic()
     try:
       host = self.train(self.config(point), self.folder / name, watch=self._watch(trial, point))
-    except (Pruned, errors.TrainingFailed) as reason:
+    except (Pruned, errors.TrainingFailed, errors.UserError) as reason:
       trial.set_user_attr("reason", str(reason))
       logging.info("trial %d ends: %s", trial.number, reason)
       if isinstance(reason, Pruned):
         raise self.optuna.TrialPruned(str(reason)) from None
+      self._refused = reason if isinstance(reason, errors.UserError) else self._refused
       raise
     finally:
       trial.set_user_attr("seconds", time.monotonic() - began)

@@ -138,6 +138,7 @@ def train(config, folder: os.PathLike, command: str = "",
     run.pretrained = dataclasses.replace(run.pretrained, variables=None)
     for phase, seconds in host["seconds"].items():  # of the processes before this one
       run.seconds[phase] = run.seconds.get(phase, 0.0) + seconds
+    run.meter.before = host.get("used", {})
 
     # The loop.
     step = state.make_train_step(
@@ -182,7 +183,7 @@ def new_host() -> dict:
   """What the loop knows beside the state, before the first step; saved with every checkpoint."""
   return {
     "best_step": 0, "best": None, "since_best": 0, "evaluated": 0, "history": [], "offset": 0,
-    "seconds": {}, "compile_seconds": 0.0, "examples": 0, "waited": 0.0,
+    "seconds": {}, "used": {}, "compile_seconds": 0.0, "examples": 0, "waited": 0.0,
   }
 
 
@@ -334,4 +335,5 @@ class Loop:
     self.host["offset"] = self.metrics.offset()
     seconds = dict(self.run.seconds)
     seconds["training"] = seconds.get("training", 0.0) + time.monotonic() - self.run.started
-    self.checkpoints.save(number, now, {**self.host, "seconds": seconds})
+    used = self.run.meter.read()
+    self.checkpoints.save(number, now, {**self.host, "seconds": seconds, "used": used})

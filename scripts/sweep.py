@@ -45,7 +45,8 @@ def main(_):
     raise errors.UserError("--space=KEY=… is missing: what is searched, such as "
                            "--space=optim.rate=log:1e-5:1e-3")
   compilation.cache()
-  settings = sweep.Settings(f.trials, f.rates, f.pruner, f.minutes, f.seed)
+  settings = sweep.Settings(trials=f.trials, rates=f.rates, pruner=f.pruner, minutes=f.minutes,
+                            seed=f.seed)
   found = sweep.Sweep(cli.config, f.workdir, search_space.read(f.space), settings, f.storage,
                       f.study)
   folder = pathlib.Path(f.workdir)

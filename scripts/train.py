@@ -27,10 +27,11 @@ def main(_):
   compilation.cache()
   if config.auto and config.seeds > 1:
     raise errors.UserError("auto and seeds: race first, then run the winner with several seeds")
+  control.check(config)
   start = auto.train if config.auto else seeds.train if config.seeds > 1 else train.train
   start(config, flags.FLAGS.workdir, "python " + shlex.join(sys.argv))
   if config.guard.cost.scratch:
-    control.from_scratch(config, flags.FLAGS.workdir)
+    control.from_scratch(flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":

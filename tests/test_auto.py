@@ -2,12 +2,13 @@
 
 import json
 
-import conftest
+import commands
 import pytest
 from card import fake_runs
 
 from ft import auto, card, errors
 from ft import config as config_lib
+from ft.data import sources
 
 pytest.importorskip("optuna")
 
@@ -15,8 +16,9 @@ pytest.importorskip("optuna")
 class Trainer:
   """Runs whose validation is best with LoRA at the highest rate; they leave what runs leave."""
 
-  def __init__(self, stop=False):
+  def __init__(self, stop=False, steps=0):
     self.points, self.steps, self.judged, self.stop = [], [], [], stop
+    self.total = steps  # where the config gives epochs
 
   def __call__(self, config, folder, command="", watch=None):
     folder.mkdir(parents=True, exist_ok=True)
@@ -27,14 +29,15 @@ class Trainer:
       card.write(fake_runs.sentiment(notes=list(config.notes), command=command), folder)
       return
     self.points.append((config.tune.method, config.optim.rate))
-    self.steps.append(config.train.steps)
+    total = config.train.steps or self.total
+    self.steps.append(total)
     if self.stop and len(self.points) == 2:
       self.stop = False
       raise errors.Preempted("a signal was received")
     value = {"head": 0.7, "lora": 0.8, "full": 0.6}[config.tune.method] + 10 * config.optim.rate
-    for step in (config.train.steps // 2, config.train.steps):
+    for step in (total // 2, total):
       watch({"step": step, "validation/accuracy": value}, ("accuracy", "max"))
-    return {"best": value, "best_step": config.train.steps}
+    return {"best": value, "best_step": total}
 
 
 @pytest.fixture
@@ -97,6 +100,41 @@ def test_halving_ends_the_worse_at_half_of_the_steps(config, tmp_path):
   assert "when it was ended" in card.read(tmp_path)["notes"][-1]
 
 
+def test_half_of_the_steps_is_known_where_the_config_gives_epochs(config, tmp_path):
+  config = config_lib.changed(config, {"task.name": "masked_lm", "train.epochs": 10.0})
+  rows = len(sources.load(config.data).splits["train"])
+  total = 10 * -(-rows // config.train.batch)
+  _, portfolio, half, _ = auto.plan(config)
+  assert half == total // 2 > 10
+  trainer = Trainer(steps=total)
+  auto.train(config, tmp_path, "", trainer)
+  assert trainer.steps == [total] * len(portfolio)
+  assert "when it was ended" in card.read(tmp_path)["notes"][-1]
+
+
+@pytest.mark.parametrize("given", [{"model.source": "scratch:tabular"}, {"model.random": True}])
+def test_random_weights_are_trained_in_full(config, given):
+  if "model.source" in given:
+    given = {**given, "data.modality": "table", "data.columns": {"label": "label"}}
+  _, portfolio, _, reasons = auto.plan(config_lib.changed(config, given))
+  assert [point["tune.method"] for point in portfolio] == ["full"] * len(auto.RATES)
+  assert any("all weights are random" in reason for reason in reasons)
+
+
+def test_a_folder_of_another_config_is_told(config, tmp_path):
+  other = config_lib.changed(config, {"optim.weight_decay": 0.01})
+  trainer = Trainer()
+  auto.train(config, tmp_path / "auto", "", trainer)
+  with pytest.raises(errors.UserError, match="different config.*\n.*optim.weight_decay"):
+    auto.train(other, tmp_path / "auto", "", trainer)
+  (tmp_path / "run").mkdir()
+  for name in auto.FILES:  # of a run that was no race
+    (tmp_path / "run" / name).write_bytes((tmp_path / "auto" / name).read_bytes())
+  with pytest.raises(errors.UserError, match="holds a run of a different config"):
+    auto.train(config, tmp_path / "run", "", trainer)
+  assert len(trainer.judged) == 1
+
+
 @pytest.mark.parametrize("modality,roles,task", [
     ("text", {"text", "label"}, "classify"), ("text", {"words", "label"}, "tag"),
     ("image", {"image", "mask"}, "segment"), ("audio", {"audio", "target"}, "transcribe"),
@@ -151,10 +189,5 @@ def test_the_script_chooses_trains_and_predicts(tiny, tmp_path):
   assert "finished" in tiny.train(tmp_path / "auto", *words).stderr
   rows = tmp_path / "rows.txt"
   rows.write_text("a great film\n")
-  import subprocess
-  import sys
-  said = subprocess.run([sys.executable, "scripts/predict.py", f"--run={tmp_path / 'auto'}",
-                         f"--input={rows}", f"--output={tmp_path / 'out.jsonl'}"],
-                        cwd=conftest.ROOT, env=tiny.environment(), capture_output=True, text=True,
-                        timeout=200)
-  assert said.returncode == 0, said.stderr[-2000:]
+  commands.script("predict", f"--run={tmp_path / 'auto'}", f"--input={rows}",
+                  f"--output={tmp_path / 'out.jsonl'}")

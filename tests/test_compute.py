@@ -62,7 +62,8 @@ def test_tables_cost_nothing_where_no_head_is_made_of_them(model):
 
 @pytest.mark.parametrize("kind, flops", [
   ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
-  ("NVIDIA A100-SXM4-40GB", 312e12),
+  ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA L4", 121e12), ("NVIDIA L40", 181e12),
+  ("NVIDIA L40S", 362e12),
   ("Tesla T4", 65e12), ("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("TPU v4", 275e12),
   ("cpu", None)])
 def test_published_peaks(kind, flops):
@@ -99,4 +100,21 @@ def test_what_is_not_measured_is_called_an_estimate(tmp_path, monkeypatch):
   both = {**used, "rapl_joules": 7.0, "nvml_joules": 5.0}
   assert compute.energy(both, "gpu", "x", 1, 10.0, 0.0) == {
     "joules": 12.0, "measured": True, "source": "CPU packages by RAPL, the whole machine; "
-    "GPUs by NVML"}
+    "GPUs by NVML, all of the machine"}
+
+
+def test_a_run_that_goes_on_adds_to_what_was_used_before(tmp_path, monkeypatch):
+  package = tmp_path / "intel-rapl:0"
+  package.mkdir()
+  (package / "max_energy_range_uj").write_text("1000000000")
+  (package / "energy_uj").write_text("0")
+  monkeypatch.setattr(compute, "RAPL", tmp_path)
+  meter = compute.Meter()
+  (package / "energy_uj").write_text("50000000")
+  meter.before = {"seconds": 100.0, "cpu_seconds": 70.0, "rapl_joules": 7.0, "nvml_joules": 1.0}
+  found = meter.read()
+  assert found["rapl_joules"] == pytest.approx(57)
+  assert found["seconds"] > 100 and found["cpu_seconds"] >= 70
+  assert "nvml_joules" not in found  # this process could not read it
+  meter.before = {"seconds": 100.0, "cpu_seconds": 70.0}
+  assert "rapl_joules" not in meter.read()  # the one before could not

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from ft import card, config, control, models, stats, train, tune
+from ft import card, config, control, errors, models, stats, train, tune
 
 QUICK = [("train.steps", "6"), ("train.eval_every", "3"), ("guard.overfit.resamples", "100"),
          ("guard.cost.scratch", "True")]
@@ -28,11 +28,11 @@ def run(tiny, tmp_path_factory):
   folder = tmp_path_factory.mktemp("control") / "run"
   made = config.load(str(tiny.config), QUICK)
   train.train(made, folder)
-  return made, folder, control.from_scratch(made, folder)
+  return folder, control.from_scratch(folder)
 
 
 def test_the_control_is_on_the_card(run):
-  made, folder, found = run
+  folder, found = run
   record, other = card.read(folder), card.read(folder / "scratch")
   assert record["cost"]["scratch"] == json.loads(json.dumps(found))
   assert other["config"]["model"]["random"] and not record["config"]["model"]["random"]
@@ -52,10 +52,37 @@ def test_the_control_is_on_the_card(run):
 
 
 def test_a_control_that_is_on_the_card_is_left_alone(run):
-  made, folder, _ = run
+  folder, _ = run
   before = (folder / "card.json").read_bytes()
-  assert control.from_scratch(made, folder) is None
+  assert control.from_scratch(folder) is None
   assert (folder / "card.json").read_bytes() == before
+
+
+def test_the_control_of_a_race_has_the_winner_s_settings(tiny, tmp_path, monkeypatch):
+  asked = config.load(str(tiny.config), [*QUICK, ("auto", "True")])
+  won = config.changed(asked, {"auto": False, "optim.rate": 3e-4, "train.steps": 7})
+  numbers = {"seconds": 1.0}
+  known = {**record("accuracy", "max", [0.5], 0.5), "config": config.to_json(won),
+           "guards": {"cost": {"numbers": numbers, "words": "Cost."}}}
+  trained = []
+  monkeypatch.setattr(control.card, "read", lambda folder: known)
+  monkeypatch.setattr(control.card, "write", lambda *_: None)
+  monkeypatch.setattr(control.train, "train", lambda made, folder: trained.append(made))
+  monkeypatch.setattr(control.compare, "paired", lambda *_: (None, None))
+  control.from_scratch(tmp_path)
+  made, = trained
+  assert (made.optim.rate, made.train.steps, made.auto) == (3e-4, 7, False)
+  assert made.model.random and not made.guard.cost.scratch
+
+
+def test_several_processes_are_refused_before_anything_trains(tiny, monkeypatch):
+  made = config.load(str(tiny.config), QUICK)
+  control.check(made)
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(errors.UserError, match="this one has 2; leave it at False"):
+    control.check(made)
+  made.guard.cost.scratch = False
+  control.check(made)
 
 
 def record(metric, mode, values, best):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 
+import commands
 import conftest
 import pytest
 
@@ -201,6 +202,48 @@ def test_a_failed_trial_is_noted_and_not_tried_again(tmp_path):
   assert len(record["trials"]) == 6
 
 
+class Refuses(Trainer):
+  """Settings of a rank above 8 are impossible, or any at all."""
+
+  def __init__(self, all_of_them=False):
+    super().__init__()
+    self.all_of_them = all_of_them
+
+  def __call__(self, config, folder, command="", watch=None):
+    if self.all_of_them or config.tune.method == "lora" and config.tune.rank > 8:
+      self.seen.append((config.optim.rate, "refused"))
+      raise errors.UserError("tune.rank is larger than the smallest side")
+    return super().__call__(config, folder, command, watch)
+
+
+IMPOSSIBLE = [{"tune.method": "lora", "tune.rank": 16, "optim.rate": 1e-3},
+              {"tune.method": "lora", "tune.rank": 8, "optim.rate": 1e-3}]
+
+
+def test_an_impossible_point_ends_no_search_and_is_not_asked_for_again(tmp_path):
+  record = searched(tmp_path, trainer=Refuses(), first=IMPOSSIBLE, trials=2, rates=0).record()
+  assert [row["state"] for row in record["trials"]] == ["fail", "complete"]
+  assert record["trials"][0]["reason"] == "tune.rank is larger than the smallest side"
+  again = Refuses()
+  found = searched(tmp_path, trainer=again, first=IMPOSSIBLE, trials=3, rates=0)
+  assert len(again.seen) == 1 and again.seen[0][1] == "full"
+  assert len(found.begun()) == 3
+
+
+def test_what_refuses_every_trial_is_told_and_can_be_put_right(tmp_path):
+  refuses = Refuses(all_of_them=True)
+  for _ in range(2):
+    with pytest.raises(errors.UserError, match="tune.rank is larger"):
+      searched(tmp_path, trainer=refuses, first=IMPOSSIBLE, trials=2, rates=0)
+  assert len(refuses.seen) == 4
+  trainer = Trainer()
+  found = searched(tmp_path, trainer=trainer, first=IMPOSSIBLE, trials=2, rates=0)
+  assert trainer.seen == [(1e-3, "lora")] * 2
+  assert len(found.begun()) == 2
+  searched(tmp_path, trainer=trainer, first=IMPOSSIBLE, trials=2, rates=0)
+  assert len(trainer.seen) == 2
+
+
 def test_a_spent_budget_ends_the_search_but_not_the_first_trial(tmp_path):
   found = searched(tmp_path, trials=50, minutes=1e-9)
   assert len(found.begun()) == 1
@@ -301,6 +344,15 @@ def test_the_page_and_the_lines_name_the_winner(tmp_path):
   assert search.conclusion(record) in page
 
 
+@pytest.mark.parametrize("mode,best", [("max", 0.9), ("min", 0.2)])
+def test_the_best_of_each_choice_is_the_metric_s_best(mode, best, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(search.charts, "intervals", lambda rows, *_: drawn.append(rows) or "<svg>")
+  told = [("full", 0.2, True), ("full", 0.9, False), ("lora", 0.5, False)]
+  search._choices(told, "label", "error", mode)
+  assert drawn == [[("full", best, (0.2, 0.9), True), ("lora", 0.5, (0.5, 0.5), False)]]
+
+
 def test_an_account_without_a_whole_trial():
   record = {"title": "t", "metric": "", "mode": "max", "space": {}, "best": None, "judged": [],
             "trials": []}
@@ -310,16 +362,26 @@ def test_an_account_without_a_whole_trial():
 # ---- The script ----------------------------------------------------------------------------------
 
 
-def script(tiny, folder, *words):
-  return [sys.executable, "scripts/sweep.py", f"--config={tiny.config}", f"--workdir={folder}",
+def flags(tiny, folder, *words):
+  return [f"--config={tiny.config}", f"--workdir={folder}",
           "--space=optim.rate=log:1e-4:1e-1", "--rates=3", "--trials=3",
           "--config.train.steps=12", "--config.train.eval_every=4", *words]
+
+
+def test_the_script_tries_as_many_as_it_is_told(tiny, tmp_path):
+  words = ("--trials=1", "--rates=0", "--pruner=halving", "--minutes=9", "--seed=3", "--nojudge",
+           "--config.train.steps=2", "--config.train.train_sample=0")
+  commands.script("sweep", *flags(tiny, tmp_path / "sweep", *words))
+  record = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+  assert [row["state"] for row in record["trials"]] == ["complete"]
+  assert record["judged"] == [] and (tmp_path / "sweep" / "sweep.html").is_file()
 
 
 @pytest.mark.slow
 def test_the_script_survives_a_signal_and_judges_the_winner_alone(tiny, tmp_path):
   folder = tmp_path / "sweep"
-  started = subprocess.Popen(script(tiny, folder), cwd=conftest.ROOT, env=tiny.environment(),
+  command = [sys.executable, "scripts/sweep.py", *flags(tiny, folder)]
+  started = subprocess.Popen(command, cwd=conftest.ROOT, env=commands.environment(),
                              stderr=subprocess.PIPE, text=True)
   for line in started.stderr:
     if "step 4" in line:
@@ -327,9 +389,7 @@ def test_the_script_survives_a_signal_and_judges_the_winner_alone(tiny, tmp_path
       break
   started.communicate(timeout=200)
   assert started.returncode == 75
-  done = subprocess.run(script(tiny, folder), cwd=conftest.ROOT, env=tiny.environment(),
-                        capture_output=True, text=True, timeout=400)
-  assert done.returncode == 0, done.stderr[-3000:]
+  commands.script("sweep", *flags(tiny, folder))
   record = json.loads((folder / "sweep.json").read_text())
   best = next(row for row in record["trials"] if row["number"] == record["best"])
   cards = [path.parent.name for path in folder.glob("trial-*/card.json")]

@@ -9,6 +9,7 @@ import pathlib
 import secrets
 
 import numpy as np
+from absl import logging
 
 from ft import errors
 from ft.card import html, readme, schema, seeds, words
@@ -22,7 +23,7 @@ def write(record, folder):
   """Writes card.json and card.html into the folder, each whole or not at all.
 
   Where the folder has exported weights in `model/` or `adapter/`, README.md there is the same card
-  for the Hugging Face Hub.
+  for the Hugging Face Hub; what goes wrong with it is logged and costs no card.
 
   Args:
     record: see `ft/card/schema.py`; numpy values, NaN and tuples are welcome.
@@ -43,7 +44,10 @@ def write(record, folder):
   # first, so that a card.json is never newer than the page that shows it.
   record = json.loads(text)
   page = write_text(folder / HTML, html.page(record))
-  readme.write_beside(record, folder)
+  try:
+    readme.write_beside(record, folder)
+  except Exception:  # noqa: BLE001  a finished run must not lose its card for this copy of it
+    logging.exception("%s: README.md of the exported weights could not be written", folder)
   return write_text(folder / JSON, text), page
 
 

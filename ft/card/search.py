@@ -88,17 +88,18 @@ def _panels(record, rows, keys, metric):
       log = "log=True" in record["space"].get(key, "")
       svg = charts.scatter(told, label, metric, key, log)
     else:
-      svg = _choices(told, label, metric)
+      svg = _choices(told, label, metric, record["mode"])
     found.append(el.figure([h("b", key), f" validation {words.unit(metric)}"], svg))
   return found
 
 
-def _choices(told, label, metric):
+def _choices(told, label, metric, mode):
   """The best of each value of a choice, with the span of all that it gave."""
   values = {}
   for value, result, strong in told:
     values.setdefault(str(value), []).append((result, strong))
-  rows = [(value, max(found)[0], (min(found)[0], max(found)[0]), any(s for _, s in found))
+  best = max if mode == "max" else min
+  rows = [(value, best(found)[0], (min(found)[0], max(found)[0]), any(s for _, s in found))
           for value, found in values.items()]
   low, high = charts.span([result for _, result, _ in told])
   return charts.intervals(rows, metric, low, high, label)

@@ -65,13 +65,14 @@ class Packed:
     indices: (bins,) row index of the first example in each bin.
     lengths: (bins,) tokens.
     report: that of the examples.
+    rows_each: mean examples in a bin.
   """
 
   def __init__(self, examples, keys, bins):
     self._examples, self._keys, self._bins = examples, keys, bins
     self.indices = np.array([examples.indices[one[0]] for one in bins], np.int64)
     self.lengths = np.array([examples.lengths[one].sum() for one in bins], np.int64)
-    self.report = examples.report
+    self.report, self.rows_each = examples.report, len(examples) / len(bins)
 
   def __len__(self):
     return len(self._bins)

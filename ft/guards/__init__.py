@@ -17,10 +17,12 @@ file. What a guard needs and does not find is "not measured" with the reason (ra
 
 import collections.abc
 import dataclasses
+import functools
 import importlib
 import pkgutil
 import types
 
+import numpy as np
 from absl import logging
 
 from ft import errors
@@ -29,6 +31,7 @@ VERDICTS = ("ok", "warning", "alarm", "not measured")
 
 # Names of the rows of every results table, in reading order; other baselines come between.
 TUNED, PROBE, MAJORITY, ZERO_SHOT = "fine-tuned", "probe", "majority", "zero-shot"
+LOOKED_AT = 1000  # examples whose tokens are counted one by one
 REFERENCES = ("teacher",)  # rows that no verdict is about: what a student learns from
 NAMES = {PROBE: "frozen probe", MAJORITY: "majority class", ZERO_SHOT: "pretrained model",
          "knn": "kNN", "mean-image": "distance to the mean image",
@@ -100,6 +103,35 @@ class Context:
   tuned: object
   final: object
   outputs: dict
+
+  @functools.cached_property
+  def training(self):
+    """The examples that steps went over: those of train, or what the task made of them.
+
+    Such as pairs of rows, or rows that were packed; `rows_each` is how many rows one of them holds.
+    """
+    return getattr(self.run.task, "training", lambda part: part)(self.examples["train"])
+
+  @property
+  def rows_each(self) -> float:
+    """Mean rows of train in an example of `training`; a row that stands in two counts twice."""
+    return getattr(self.training, "rows_each", 1.0)
+
+  @functools.cached_property
+  def tokens_each(self) -> float | None:
+    """Mean tokens of an example of `training` without padding; None where it has no length.
+
+    Texts side by side, such as a question and its answer, are counted in LOOKED_AT examples.
+    """
+    part = self.training
+    if part.lengths is None:
+      return None
+    if hasattr(part, "tokens"):
+      return float(np.mean(part.tokens))
+    if np.ndim(part[0].get("attention_mask")) != 2:
+      return float(np.mean(part.lengths))
+    looked = np.random.default_rng(0).permutation(len(part))[:LOOKED_AT]
+    return float(np.mean([np.count_nonzero(part[int(i)]["attention_mask"]) for i in looked]))
 
 
 class Missing(Exception):  # noqa: N818 (no fault: what could not be measured, and why)

@@ -40,9 +40,10 @@ MOST = "full fine-tuning with lower rates for lower layers (tune.method=full, op
 
 
 def gather(config, context):
-  """What passes over the rows are counted from: {"batch", "rows"}."""
+  """What passes over the rows are counted from: {"batch", of rows; "rows"}."""
   del config
-  return {"batch": context.run.config.train.batch, "rows": len(context.examples["train"])}
+  return {"batch": context.run.config.train.batch * context.rows_each,
+          "rows": len(context.examples["train"])}
 
 
 def measure(config, evidence):

@@ -2,14 +2,15 @@
 
 `evidence.cost` is a dict of what the run recorded, each entry optional:
   phases              phase name -> wall seconds, in the order they ran
-  examples            training examples seen            steps             training steps taken
+  examples            of training that were seen: rows, or what the task makes of them
+  steps               training steps taken
   examples_per_second of the training loop without compilation
   compile_seconds     of the compiled functions         data_wait_share   share of loop time
   parameters          of the model                      trainable         of them
   checkpoint_bytes    of the newest checkpoint          devices           how many
   peak_bytes          of device memory, where the platform tells
   platform, device_kind   of jax
-  used                what `compute.Meter` read in this process: seconds, cpu_seconds, joules
+  used                what `compute.Meter` read: seconds, cpu_seconds, joules
 
 Operations are by formula where rows are tokens (see `compute.training_flops`), else three times
 those that the compiler counts in a forward pass. Beside the run stand the baselines: what the
@@ -19,7 +20,6 @@ frozen probe and the pretrained model cost and reached.
 import resource
 import sys
 
-import numpy as np
 from absl import logging
 
 from ft import compute, guards
@@ -47,17 +47,16 @@ def gather(config, context):
 
 
 def _work(context) -> dict:
-  """The parameters that rows meet, and tokens of a row or operations of its forward pass."""
+  """The parameters that rows meet, and tokens or forward operations of an example of training."""
   from ft import run as runs  # the card, which has this guard's words, should not wait for jax
   from ft import tune
 
   run, tuned = context.run, context.tuned
-  lengths = context.examples["train"].lengths
-  if lengths is not None and hasattr(run.preprocess, "tokenizer"):
+  if context.tokens_each is not None and hasattr(run.preprocess, "tokenizer"):
     trained = tune.flatten(tuned.trainable)
     shapes = {**tune.flatten(tune.shapes(tuned)), **trained}
     head = getattr(run.pretrained.config, "head", "")
-    return {"tokens_per_example": float(np.mean(lengths)),
+    return {"tokens_per_example": context.tokens_each,
             "matmul_parameters": compute.matmul_parameters(shapes, head),
             "matmul_trained": compute.matmul_parameters(trained, head),
             "through_body": not tuned.only_head}
@@ -68,7 +67,7 @@ def _work(context) -> dict:
                      run.config.train.eval_batch or 2 * run.config.train.batch)
   batch = run.place(load.batch(0))
   lowered = final.predict.lower(final.state.trainable, final.state.mutable, final.frozen, batch)
-  flops = lowered.cost_analysis()["flops"] / len(batch["index"])
+  flops = lowered.cost_analysis()["flops"] / len(batch["index"]) * context.rows_each
   # Of a frozen base with adapters, no gradient of its weights is made.
   frozen = all(not row.path.startswith("params/") or tune.under(row.path, run.pretrained.head)
                for row in tuned.table) and not tuned.only_head

@@ -64,7 +64,7 @@ def gather(config, context):
     raise guards.Missing("nothing was pretrained: the run started from random weights")
   if not context.tuned.table:
     raise guards.Missing("nothing trained")
-  if context.tuned.only_head and not context.final.state.mutable:
+  if context.tuned.only_head and run.config.model.batch_stats != "train":
     return {"only_head": True}
   base, tuned = retention.sides(context)
   if retention.untrained(run, base):
@@ -303,10 +303,10 @@ def _limit(config, context, tokens: int = 0) -> int:
   Args:
     tokens: of the rows that are asked, where they are other rows than those of training.
   """
-  c, examples = context.run.config.train, context.examples["train"]
-  seen = c.steps * c.batch or c.epochs * len(examples)
-  if tokens and examples.lengths is not None:
-    seen *= float(np.mean(examples.lengths)) / tokens
+  c = context.run.config.train
+  seen = c.steps * c.batch or c.epochs * len(context.training)
+  known = tokens and context.tokens_each is not None
+  seen *= context.tokens_each / tokens if known else context.rows_each
   return int(min(config.rows, max(AT_LEAST, config.share * 1.5 * seen)))
 
 

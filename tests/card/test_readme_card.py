@@ -100,6 +100,18 @@ def test_a_run_writes_it_beside_its_weights(tmp_path):
   assert not (tmp_path / "README.md").exists()
 
 
+def test_its_fault_costs_no_card(tmp_path, monkeypatch):
+  (tmp_path / "model").mkdir()
+
+  def fails(*_):
+    raise KeyError("planted")
+
+  monkeypatch.setattr(readme, "markdown", fails)
+  card.write(fake_runs.sentiment(), tmp_path)
+  assert card.read(tmp_path)["title"] == fake_runs.sentiment()["title"]
+  assert not (tmp_path / "model" / readme.FILE).exists()
+
+
 def test_an_export_takes_it_along(tmp_path):
   run, out = tmp_path / "run", [tmp_path / f"out{i}" for i in range(4)]
   for folder in (run, run / "model", tmp_path / "copied", *out):

@@ -85,6 +85,26 @@ def test_a_probe_of_another_task_is_read_before_and_after(classified):
   assert 0.4 < probe["before"] <= 1
 
 
+@pytest.mark.parametrize("batch_stats, same", [("frozen", True), ("train", False)])
+def test_a_body_whose_statistics_trained_is_not_called_the_same(batch_stats, same, monkeypatch):
+  def sides(_):
+    raise guards.Missing("both models are asked")
+
+  monkeypatch.setattr(forget.retention, "sides", sides)
+  context = types.SimpleNamespace(
+    run=types.SimpleNamespace(
+      pretrained=types.SimpleNamespace(report=types.SimpleNamespace(matched=["params/x"])),
+      config=types.SimpleNamespace(model=types.SimpleNamespace(batch_stats=batch_stats))),
+    tuned=types.SimpleNamespace(table=[1], only_head=True),
+    # As average.wise and average.dfr leave it: statistics are among the frozen weights.
+    final=types.SimpleNamespace(state=types.SimpleNamespace(mutable={})))
+  if same:
+    assert forget.gather(None, context) == {"only_head": True}
+  else:
+    with pytest.raises(guards.Missing, match="both models are asked"):
+      forget.gather(None, context)
+
+
 def test_random_weights_have_nothing_to_forget(tiny, tmp_path):
   flags = [*QUICK, ("train.steps", "1"), ("train.export", "False"), ("train.baselines", "False")]
   record = train.train(config.load(str(tiny.config), flags), tmp_path / "run")
