@@ -43,6 +43,8 @@ class Final:
     state: `state.State` with what trained.
     frozen: the rest.
     tradeoff: one dict an α: "alpha", "chosen", "values": split -> metric.
+    fitted: (n,) validation rows by index that it was fitted to; nothing is calibrated on them.
+    notes: what the card has to say of it.
   """
 
   tuned: tune.Tuned
@@ -50,6 +52,15 @@ class Final:
   state: state.State
   frozen: Any
   tradeoff: tuple[dict, ...] = ()
+  fitted: tuple[int, ...] = ()
+  notes: tuple[str, ...] = ()
+
+  def unseen(self, outputs: dict) -> dict:
+    """Returns the outputs (N, …) of validation less those of rows that it was fitted to."""
+    if not self.fitted:
+      return outputs
+    kept = ~np.isin(outputs["index"], self.fitted)
+    return {key: value[kept] for key, value in outputs.items()}
 
 
 def check(config, tuned: tune.Tuned) -> None:

@@ -76,8 +76,9 @@ def normal(value: str) -> str:
 def contents(rows) -> list[bytes | None]:
   """Returns a key a row that equal rows share: of normalised text, of bytes of images and sounds.
 
-  Only files of one size can be equal, so only those are read. None where a row has neither text nor
-  image nor sound, or its file cannot be read.
+  Rows of tables are equal where all columns are that the model reads. Only files of one size can be
+  equal, so only those are read. None where a row has neither text nor image nor sound nor columns,
+  or its file cannot be read.
 
   Args:
     rows: iterable of dicts of role -> value.
@@ -86,6 +87,8 @@ def contents(rows) -> list[bytes | None]:
   for row in rows:
     found = text(row)
     part = [] if found is None else [splits.identity(normal(found))]
+    if "record" in row:
+      part.append(splits.identity([str(value).strip() for value in row["record"].values()]))
     for role in sources.FILES:
       value = row.get(role)
       if isinstance(value, pathlib.Path):

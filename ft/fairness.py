@@ -12,21 +12,48 @@ from ft import stats
 
 BANDS = 4  # of a column of numbers with more values than LEVELS
 LEVELS = 12
+MOST = 50  # groups of a column above which they are too many to be compared
+NONE = "(none)"  # the group of rows without a value
 
 
-def bands(values) -> np.ndarray:
-  """Returns (N,) names of groups: values as they are, many different numbers as four bands."""
-  values = np.array([str(value) or "(none)" for value in values])
-  if len(np.unique(values)) <= LEVELS:
-    return values
+def bands(values, like=None) -> np.ndarray:
+  """Returns (N,) names of groups: values as they are, many different numbers as four bands.
+
+  Rows without a value are a group of their own.
+
+  Args:
+    values: (N,) of a column.
+    like: values that say whether the column is of many numbers, and where bands begin, so that the
+      bands of several splits are the same; None: these.
+  """
+  edges = _edges(values if like is None else like)
+  if edges is None:
+    return np.array([str(value) or NONE for value in values])
+  names = [f"below {edges[0]:g}", *[f"{low:g} to {high:g}" for low, high in
+                                    zip(edges[:-1], edges[1:], strict=True)], f"from {edges[-1]:g}"]
+  numbers = np.array([_number(value) for value in values])
+  place = np.searchsorted(edges, numbers, side="right")
+  return np.where(np.isnan(numbers), NONE, np.array(names)[place])
+
+
+def _edges(values) -> np.ndarray | None:
+  """Returns where all bands but the lowest begin; None for values as they are."""
+  known = [str(value) for value in values if str(value).lower() not in ("", "nan")]
+  if len(set(known)) <= LEVELS:
+    return None
+  numbers = np.array([_number(value) for value in known])
+  if np.isnan(numbers).any():
+    return None
+  edges = np.unique(np.quantile(numbers, np.arange(1, BANDS) / BANDS))
+  above = numbers[numbers > numbers.min()]  # where most values are the least one, the others
+  return edges[edges > numbers.min()] if edges[-1] > numbers.min() else above.min(keepdims=True)
+
+
+def _number(value) -> float:
   try:
-    numbers = values.astype(float)
+    return float(value)
   except ValueError:
-    return values
-  edges = np.unique(np.quantile(numbers, np.linspace(0, 1, BANDS + 1)))
-  place = np.clip(np.searchsorted(edges, numbers, side="right") - 1, 0, max(len(edges) - 2, 0))
-  names = [f"{low:g} to {high:g}" for low, high in zip(edges[:-1], edges[1:], strict=True)]
-  return np.array(names or [f"{edges[0]:g}"])[place]
+    return float("nan")
 
 
 def rates(said, truth, group) -> list[dict]:

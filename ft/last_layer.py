@@ -3,13 +3,15 @@
 What a model learnt from biased rows is often all there in its features, and only the last layer
 leans on the shortcut (Kirichenko et al. 2023, arXiv:2204.02937). After training, logistic
 regressions on the tuned features of group-balanced draws of validation rows are averaged and stand
-in the head's place; their strength is the one whose worst group is best on held-out halves of
-validation. Cost: one pass over validation, and seconds. Validation numbers are then of rows that
-the head has seen: test alone counts, and the temperature is fitted to seen rows, too.
+in the head's place; their strength is the one whose worst group is best on held-out rows. The head
+is fitted to one half of validation, with half of each group. The other half is what validation is
+from then on: temperatures, thresholds and conformal sets need rows that the head has not seen.
+Cost: one pass over validation, and seconds.
 """
 
+import dataclasses
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -18,6 +20,7 @@ from ft.regularise import balance
 from ft.tasks import classify
 
 DRAWS = 10
+FEWEST = 4  # rows of each group that the head is fitted to
 KEY = "average.dfr"
 
 
@@ -33,18 +36,25 @@ def check(run, tuned: tune.Tuned) -> None:
                            f"{run.config.tune.method} has none that compute the same; leave it at "
                            "()")
   names, cell = balance.cells(run, run.config.average.dfr, KEY, "validation")
-  _check_cells(cell, names)
+  _check_cells(cell, names, 2 * FEWEST - 1)  # of an odd number, the head gets one more
 
 
-def _check_cells(cell, names) -> None:
+def _check_cells(cell, names, fewest: int) -> None:
   counts = np.bincount(cell, minlength=len(names))
-  if counts.min() < 4:
+  if counts.min() < fewest:
     raise errors.UserError(f"{KEY}: validation has {counts.min()} rows of "
-                           f"{names[int(counts.argmin())]!r}; four are needed")
+                           f"{names[int(counts.argmin())]!r}; {fewest} are needed")
+
+
+def halves(cell, seed: int) -> np.ndarray:
+  """Returns the places (n / 2,) in cell (n,) of a half with half of each group, in order."""
+  rng = np.random.default_rng(seed)
+  return np.sort(np.concatenate([rng.permutation(np.flatnonzero(cell == g))[::2]
+                                 for g in np.unique(cell)]))
 
 
 def retrain(run, final: averaging.Final, loader) -> averaging.Final:
-  """Returns the model with the head that balanced validation rows give.
+  """Returns the model with the head that balanced rows of half of validation give.
 
   Args:
     run: `run.Run`.
@@ -64,13 +74,20 @@ def retrain(run, final: averaging.Final, loader) -> averaging.Final:
   seen = evaluate.run(step, empty, weights, loader, run.place, run.poll)
   flat = tune.flatten(weights)
   paths = [f"{run.pretrained.head[0]}/{part}" for part in ("kernel", "bias")]
-  _check_linear(flat, paths, seen)
-  label, cell = np.asarray(seen["label"]), cell[seen["index"]]
-  kernel, bias = fit(np.asarray(seen["features"], np.float32), label, cell, len(run.task.labels),
-                     names, run.config.seed)
+  _check_linear(run, flat, paths, seen)
+  half = halves(cell[seen["index"]], run.config.seed)
+  rows = seen["index"][half]
+  kernel, bias = fit(np.asarray(seen["features"], np.float32)[half], seen["label"][half],
+                     cell[rows], len(run.task.labels), names, run.config.seed)
   for path, value in zip(paths, (kernel, bias), strict=True):
-    flat[path] = jax.device_put(jnp.asarray(value, flat[path].dtype), flat[path].sharding)
-  return averaging.plain(run, tune.unflatten(flat), final.tradeoff)
+    flat[path] = mesh.place_leaf(np.asarray(value, flat[path].dtype), flat[path].sharding)
+  return dataclasses.replace(
+    averaging.plain(run, tune.unflatten(flat), final.tradeoff), fitted=tuple(rows.tolist()),
+    notes=(f"{KEY}: after training the label head was fitted anew to {len(half):,} of "
+           f"{len(seen['index']):,} validation rows, balanced over "
+           f"{', '.join(run.config.average.dfr)}. Numbers of validation, temperatures, thresholds "
+           "and conformal sets are of its other rows. The history of training, and what the guard "
+           "overfit says of it, are of the model before that.",))
 
 
 def fit(features, label, cell, classes: int, names, seed: int = 0, draws: int = DRAWS) -> tuple:
@@ -81,14 +98,12 @@ def fit(features, label, cell, classes: int, names, seed: int = 0, draws: int = 
     names: of the groups, for messages. draws: how many regressions are averaged.
 
   Raises:
-    UserError: a group with fewer than four rows, or a class that no group has.
+    UserError: a group with fewer than FEWEST rows, or a class that no group has.
   """
-  _check_cells(cell, names)
+  _check_cells(cell, names, FEWEST)
   if len(np.unique(label)) < classes:
     raise errors.UserError(f"{KEY}: validation lacks a class")
-  rng = np.random.default_rng(seed)
-  half = np.concatenate([rng.permutation(np.flatnonzero(cell == g))[::2]
-                         for g in range(len(names))])
+  half = halves(cell, seed)
   other = np.setdiff1d(np.arange(len(cell)), half)
   best = None
   for strength in probes.STRENGTHS:
@@ -120,10 +135,11 @@ def _features(task):
   return both
 
 
-def _check_linear(flat: dict, paths: list[str], seen: dict) -> None:
+def _check_linear(run, flat: dict, paths: list[str], seen: dict) -> None:
   """The head has to give what a linear layer of its kernel gives."""
   if all(path in flat for path in paths):
-    kernel, bias = (np.asarray(flat[path], np.float32) for path in paths)
+    gather = jax.jit(lambda tree: tree, out_shardings=mesh.replicated(run.mesh))
+    kernel, bias = (np.asarray(part, np.float32) for part in gather([flat[p] for p in paths]))
     features = np.asarray(seen["features"], np.float32)[:8]
     if features.shape[-1] == kernel.shape[0] and np.allclose(
         features @ kernel + bias, seen["logits"][:8], atol=1e-2, rtol=1e-2):

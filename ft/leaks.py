@@ -71,14 +71,15 @@ def times(rows: dict) -> list[dict]:
 def columns(rows: dict) -> list[dict]:
   """How well each of `data.attributes` alone predicts the label of rows it was not fitted to.
 
+  Of tables also each column that the model reads.
   Columns of kinds give the most frequent label of each kind, measured ones a small decision tree.
 
   Returns:
     [{"column", "n", "accuracy", "interval", "majority": accuracy without it}], the best first.
   """
   train, test = rows.get("train"), rows.get("test")
-  named = [name for name in getattr(train, "attributes", ())
-           if name in getattr(test, "attributes", ())]
+  first = [_values(part[0]) if part is not None and len(part) else {} for part in (train, test)]
+  named = [name for name in first[0] if name in first[1]]
   if not named:
     raise guards.Missing("no columns that train and test have are named in data.attributes")
   if train.classes is None or test.classes is None:
@@ -87,7 +88,7 @@ def columns(rows: dict) -> list[dict]:
   label = [np.array([str(part.classes[i]) for i in which])
            for part, which in ((train, known), (test, asked))]
   most = collections.Counter(label[0]).most_common(1)[0][0]
-  parts = [[part[int(i)]["attributes"] for i in which]
+  parts = [[_values(part[int(i)]) for i in which]
            for part, which in ((train, known), (test, asked))]
   found = []
   for name in named:
@@ -97,6 +98,12 @@ def columns(rows: dict) -> list[dict]:
                   "interval": stats.wilson(hits, len(asked)),
                   "majority": float((label[1] == most).mean())})
   return sorted(found, key=lambda row: -row["accuracy"])
+
+
+def _values(row) -> dict:
+  """Column -> text of what a row is told apart by, and of tables of what the model reads."""
+  found = {**row.get("record", {}), **(row.get("attributes") or {})}
+  return {name: "" if value is None else str(value).strip() for name, value in found.items()}
 
 
 def windows(rows: dict) -> list[dict]:

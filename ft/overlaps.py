@@ -62,7 +62,7 @@ def collect(evidence, most: int, images: int) -> dict[str, Part]:
 
 
 def exact(parts, config, settings):
-  """Rows whose text, image or sound is the same."""
+  """Rows whose text, image, sound or columns are the same."""
   del config, settings
   if all(key is None for part in parts.values() for key in part.keys):
     raise guards.Missing("rows have no text, image or sound")

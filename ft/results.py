@@ -107,7 +107,7 @@ def conclude(context: guards.Context, features, baseline, calibration, host, com
   found |= guards.measure(run.config.guard, evidence, ["cost"])
   record = {
     "title": run.config.title or f"{run.config.model.source}: {run.config.task.name}",
-    "notes": [*run.config.notes, *tuned.notes],
+    "notes": [*run.config.notes, *tuned.notes, *context.final.notes],
     "command": command,
     "config": config_lib.to_json(run.config),
     "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

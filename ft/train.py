@@ -167,6 +167,7 @@ def train(config, folder: os.PathLike, command: str = "",
       name: evaluate.run(final.predict, final.state, final.frozen, load[name], run.place, poll)
       for name in load if name not in ("train", "train_sample")
     }
+    outputs["validation"] = final.unseen(outputs["validation"])
     outputs = generation.after(run, examples, outputs, final)
     run.lap("final evaluation")
     calibration = run.task.calibrate(outputs["validation"])

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from ft import errors, last_layer, state
+from ft import averaging, errors, last_layer, state
 from ft.regularise import balance, group_dro
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -102,6 +102,16 @@ def test_balanced_draws_take_the_shortcut_away():
   assert worst(*plain) < 0.5 < 0.75 < worst(*fair)
 
 
+def test_the_half_that_the_head_is_fitted_to_has_half_of_each_group():
+  cell = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [100, 41, 8]))
+  half = last_layer.halves(cell, 3)
+  assert np.bincount(cell[half]).tolist() == [50, 21, 4] and (np.diff(half) > 0).all()
+  assert not np.array_equal(half, last_layer.halves(cell, 4))
+  final = averaging.Final(None, None, None, None, fitted=(2, 5))
+  left = final.unseen({"index": np.array([5, 1, 2, 0]), "label": np.arange(4)})
+  assert left["index"].tolist() == [1, 0] and left["label"].tolist() == [1, 3]
+
+
 def test_messages():
   class Rows(list):
     labels = ["a", "b"]
@@ -143,3 +153,9 @@ def get_config():
   card = json.loads((tmp_path / "run" / "card.json").read_text())
   assert card["results"]["test"]["fine-tuned"]["metrics"]["accuracy"] > 0.85
   assert card["guards"]["bias"]["numbers"]["by"][0]["by"] == "sex"
+  if "average.dfr" in flags[0]:
+    rows = card["data"]["splits"]["validation"]["rows"]
+    fitted = card["calibration"]["fitted_on"]
+    assert rows - fitted in range(rows // 2, rows // 2 + 3)  # half of each of four groups
+    assert card["calibration"]["conformal"][0]["n"] == card["calibration"]["n"]
+    assert f"fitted anew to {rows - fitted} of {rows} validation rows" in card["notes"][0]

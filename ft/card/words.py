@@ -101,15 +101,21 @@ def judge(record, row):
   return row.get("verdict") or overfit.judge(row["lo"], row["hi"], mode)
 
 
+def subject(record):
+  """What gained or lost: fine-tuning, but of runs in which no weights train, such as a bank."""
+  return "The run" if (record.get("model") or {}).get("trainable") == 0 else "Fine-tuning"
+
+
 def verdict(record, split):
   """One sentence: what was gained on a split over the frozen probe, with the interval."""
   baseline, row = headline(record, split)
+  who = subject(record)
   if row is None:
-    return f"Fine-tuning on {split}: not measured, no baseline was compared on the same rows."
+    return f"{who} on {split}: not measured, no baseline was compared on the same rows."
   found = judge(record, row)
   if found == "not measured":
-    return f"Fine-tuning on {split}: not measured, the interval is not defined (n = {row['n']})."
-  return (f"Fine-tuning {found} on {split}: {amount(row)} over the {row_name(baseline)} "
+    return f"{who} on {split}: not measured, the interval is not defined (n = {row['n']})."
+  return (f"{who} {found} on {split}: {amount(row)} over the {row_name(baseline)} "
           f"(n = {row['n']:,}).")
 
 
@@ -134,13 +140,15 @@ def verdicts(record):
 def conclusion(record):
   """The whole verdict in a sentence or two: test first, then the other splits by outcome."""
   baseline, row = headline(record, "test")
+  who = subject(record)
+  asked = f"Whether {who[0].lower()}{who[1:]} gained anything on test was not measured"
   if row is None:
-    return "Whether fine-tuning gained anything on test was not measured."
+    return f"{asked}."
   found = judge(record, row)
   if found == "not measured":
-    text = f"Whether fine-tuning gained anything on test was not measured (n = {row['n']:,})"
+    text = f"{asked} (n = {row['n']:,})"
   else:
-    text = f"Fine-tuning {found} on test: {_against(record, baseline, row)}"
+    text = f"{who} {found} on test: {_against(record, baseline, row)}"
   parts = [f"{word} on {_listed(splits)}" for word, splits in _elsewhere(record, most=4).items()]
   return f"{text}. Elsewhere it {', '.join(parts)}." if parts else f"{text}."
 

@@ -81,8 +81,9 @@ class Rows:
   turns a list, see ft.data.turns; prompt, chosen, rejected and completion str or a list, see
   ft.data.answers; label str, int or a list of them (None: there is none); image and audio a Path,
   encoded bytes or an array, mask too (None: nothing is marked); group and id as in the source;
-  attributes a dict column -> str ("" where there is no value) of those that the source has; of
-  tables also record, a dict of all columns that have no role.
+  attributes a dict column -> str ("" where there is no value) of those that the source has (those
+  it lacks are in `absent`); of tables also record, a dict of all columns that have no role and
+  are not in data.ignore.
   """
 
   name: str
@@ -93,6 +94,8 @@ class Rows:
   attributes: tuple[str, ...] = ()
   whole: bool = False
   label_strip: str = ""
+  absent: tuple[str, ...] = ()
+  ignored: tuple[str, ...] = ()
 
   def __len__(self) -> int:
     return len(self.indices)
@@ -114,7 +117,7 @@ class Rows:
       row["attributes"] = {column: _text(record.get(column)).strip()
                            for column in self.attributes}
     if self.whole:
-      taken = {*self.roles.values(), (self.binarize or {}).get("column")}
+      taken = {*self.roles.values(), (self.binarize or {}).get("column"), *self.ignored}
       row["record"] = {column: record.get(column) for column in self.table.columns
                        if column not in taken}
     for role in (*FILES, "mask"):
@@ -233,9 +236,11 @@ def read(config, spec, *, name: str = "input", base=None, tables: dict | None = 
   if config.binarize:
     roles.pop("label", None)
   # One that is not there ends no run: the guard that asks for it says so on the card.
-  attributes = tuple(name for name in config.attributes if name in content.columns)
-  return Rows(name, content, roles, indices, binarize, attributes, config.modality == "table",
-              config.label_strip)
+  there = {name: name in content.columns for name in config.attributes}
+  return Rows(name, content, roles, indices, binarize,
+              tuple(name for name, found in there.items() if found), config.modality == "table",
+              config.label_strip, tuple(name for name, found in there.items() if not found),
+              tuple(getattr(config, "ignore", ())))
 
 
 def written(**given):

@@ -53,8 +53,10 @@ def measure(config, evidence):
   "share of wrong labels" or "standard deviations of the target"), probe, judged {split, n};
   points [{n, error, lo, hi, draws}]; fit {a, b, c, b_interval, c_interval, residual} of
   error(n) = a n^-b + c; curve [{n, error, lo, hi}] from the smallest subset to 4 times the rows;
-  predicted [{times, n, error, lo, hi, gain, gain_interval}] for 2 and 4;
-  per_100 {gain, interval}, the fall of the error by the next 100 labels;
+  predicted [{times, n, error, lo, hi, gain, gain_interval}] for 2 and 4 times all rows, none that
+  are more than 4 times those in the curve; doubled {n, gain, interval}, the fall of the error from
+  n/2 to n rows: twice all of them, or the furthest there is;
+  per_100 {gain, interval}, the fall of the error by the next 100 labels, None beyond the furthest;
   effective {n, of, share, similar} after near-duplicates, or {missing: reason};
   method, suggested for these rows a class; passes over the training rows.
   """
@@ -86,7 +88,9 @@ def measure(config, evidence):
   told = evidence.gathered.get("amount")
   if told and evidence.history:
     numbers["passes"] = evidence.history[-1]["step"] * told["batch"] / max(told["rows"], 1)
-  more = numbers["predicted"][0]["gain"] > config.gain
+  more = numbers["doubled"]["gain"] > config.gain
+  if more and not numbers["predicted"]:
+    return guards.result("not measured", unreached(numbers), numbers)
   return guards.result("warning" if more else "ok", words(numbers, more), numbers)
 
 
@@ -118,6 +122,8 @@ def prepared(features, most: int):
       rows = np.sort(np.random.default_rng(0).permutation(len(x))[:most])
     found.append(learning_curve.Part(x, target).rows(rows))
   if labels is not None:
+    if len(labels) < 2:
+      return "train has one class only, and telling classes apart takes two"
     seen = np.unique(found[0].target)
     if len(seen) < len(labels):
       return f"guard.amount.rows={most} rows do not hold each of the {len(labels)} classes"
@@ -137,7 +143,7 @@ def unit(target) -> str:
 
 
 def account(curve, rows: int, resamples: int = RESAMPLES) -> dict:
-  """points, fit, curve, predicted and per_100 of `measure`, for a run of `rows` training rows.
+  """Parts of `measure`, points to per_100, for a run of `rows` training rows.
 
   Args:
     curve: `learning_curve.Curve`. rows: that predictions are multiples of; never beyond 4 times
@@ -152,9 +158,9 @@ def account(curve, rows: int, resamples: int = RESAMPLES) -> dict:
     lo, hi = learning_curve.interval([float(one(n)) for one in fits])
     return {"n": int(n), "error": float(found(n)), "lo": lo, "hi": hi}
 
-  def fall(n):
-    pair = learning_curve.interval([float(one(rows) - one(n)) for one in fits])
-    return {"gain": float(found(rows) - found(n)), "interval": pair}
+  def fall(n, start=rows):
+    pair = learning_curve.interval([float(one(start) - one(n)) for one in fits])
+    return {"gain": float(found(start) - found(n)), "interval": pair}
 
   points = [{"n": int(n), "error": float(e), "draws": curve.errors.shape[1],
              **dict(zip(("lo", "hi"), learning_curve.interval(errors[:, s]), strict=True))}
@@ -163,6 +169,7 @@ def account(curve, rows: int, resamples: int = RESAMPLES) -> dict:
   predicted = [{"times": times, **at(times * rows),
                 **dict(zip(("gain", "gain_interval"), fall(times * rows).values(), strict=True))}
                for times in (2, 4) if times * rows <= furthest]
+  doubled = min(2 * rows, furthest)
   return {
       "points": points,
       "fit": {"a": found.a, "b": found.b, "c": found.c,
@@ -170,7 +177,8 @@ def account(curve, rows: int, resamples: int = RESAMPLES) -> dict:
               "c_interval": learning_curve.interval([one.c for one in fits]),
               "residual": float(np.sqrt(np.mean(np.square(found(curve.n) - mean))))},
       "curve": [at(n) for n in np.geomspace(curve.n[0], furthest, 25).round()],
-      "predicted": predicted, "per_100": fall(rows + 100)}
+      "predicted": predicted, "doubled": {"n": doubled, **fall(doubled, doubled // 2)},
+      "per_100": fall(rows + 100) if rows + 100 <= furthest else None}
 
 
 def effective(features, similar: float) -> dict:
@@ -208,7 +216,10 @@ def words(numbers, more: bool) -> str:
           f"{numbers['points'][-1]['n']:,} rows")
   text += "".join(f", {amount(row, share)} {interval(row, share)} predicted with "
                   f"{row['times']} times as many" for row in numbers["predicted"])
-  if share:
+  if not numbers["predicted"]:
+    text += (f" of {numbers['rows']:,}; {numbers['doubled']['n']:,} in place of half as many would "
+             f"gain {gained(numbers, share)}, and rows beyond them no more")
+  if share and numbers["per_100"]:
     text += (f"; the next 100 labels are worth {100 * numbers['per_100']['gain']:.2f} points")
   text += "."
   effective_ = numbers["effective"]
@@ -220,6 +231,21 @@ def words(numbers, more: bool) -> str:
     text += (f" Training went over the rows {numbers['passes']:.1f} times; beyond {FRESH}, "
              "repeated rows teach less and less.")
   return text
+
+
+def unreached(numbers) -> str:
+  """Why nothing is said of twice the rows: the curve is of too few, and still falls."""
+  share = numbers["unit"] != "standard deviations of the target"
+  return (f"Not measured: the curve is of {numbers['used']:,} of {numbers['rows']:,} rows, and is "
+          f"followed to {numbers['doubled']['n']:,}, where it still falls by "
+          f"{gained(numbers, share)} as rows double; raise guard.amount.rows to "
+          f"{-(-2 * numbers['rows'] // learning_curve.FURTHEST):,} or more.")
+
+
+def gained(numbers, share: bool) -> str:
+  """"0.8 points" of what doubled rows gain, else three decimals."""
+  gain = numbers["doubled"]["gain"]
+  return f"{100 * gain:.1f} points" if share else f"{gain:.3f}"
 
 
 def amount(row, share: bool) -> str:

@@ -8,13 +8,12 @@ permutation. Definitions and sources: `ft/fairness.py`. With `probes`, causal la
 asked for stereotypes before and after tuning, see `ft/language_bias.py`.
 """
 
-import dataclasses
 import itertools
 
 import numpy as np
 from absl import logging
 
-from ft import fairness, guards, language_bias, stats
+from ft import errors, fairness, guards, language_bias, stats
 
 KEYS = {
   "on": (True, "measure whom the model fails"),
@@ -77,14 +76,17 @@ def _by_rows(config, evidence):
   `fairness.rates`), worst (`fairness.worst`, None where there is none), equalised_odds,
   demographic_parity, chance (what equalised odds stay below by chance), positive, and of two
   classes thresholds: what one a group, fitted on validation, would do on test, at, accuracy,
-  accuracy_before, equalised_odds, n of validation, or None; "missing":
+  accuracy_before, equalised_odds, n of validation, or None with the reason in untold; "missing":
   reasons why attributes were left out; "classes": label, n, few, recall, interval, worst first;
   worst_class; "clusters": n, groups (group, n, value, interval, label), worst; None where there are
   no features; temperature, which ece is after.
   """
   outputs = evidence.outputs.get("test", {}).get(guards.TUNED)
-  if outputs is None or evidence.score is None:
+  if outputs is None:
     return guards.not_measured("no results row by row of the test split were recorded")
+  if evidence.score is None:
+    return guards.not_measured(f"{evidence.metric.replace('_', ' ') or 'the metric'} is no mean "
+                               "over rows, so that groups of rows have no part in it")
   outputs = _some(_known(outputs))
   n = len(next(iter(outputs.values())))
   if n < config.fewest:
@@ -100,12 +102,19 @@ def _by_rows(config, evidence):
   numbers["by"] = [_by(config, evidence, outputs, score, name, group, numbers["temperature"])
                    for name, group in groups.items()]
   for found in numbers["by"]:
-    if before and "positive" in found and np.shape(outputs["logits"])[1] == 2:
-      found["thresholds"] = _thresholds(config, evidence, found, outputs, groups, before)
+    if found["worst"] is None:
+      missing.append(f"by {found['by']}: fewer than two groups have {config.fewest} rows")
+    if "positive" in found and np.shape(outputs["logits"])[1] == 2:
+      found |= _thresholds(config, evidence, found, outputs, groups, before)
   numbers |= _classes(config, evidence, outputs)
   numbers["clusters"] = _clusters(config, evidence, outputs, score)
-  if not numbers["by"] and not numbers["classes"] and not numbers["clusters"]:
-    return guards.not_measured("; ".join(missing) or "there are no groups, classes or features")
+  for part, worst in (("classes", numbers["worst_class"]),
+                      ("clusters", (numbers["clusters"] or {}).get("worst"))):
+    if numbers[part] and worst is None:
+      missing.append(f"by {part}: fewer than two have rows enough")
+  if not _compared(numbers):
+    reason = "; ".join(missing) or "there are no groups, classes or features"
+    return guards.result("not measured", f"Not measured: {reason}.", numbers)
   return guards.result(*_verdict(config, numbers), numbers)
 
 
@@ -125,29 +134,47 @@ def _some(outputs):
   return {key: np.asarray(value)[kept] for key, value in outputs.items()}
 
 
-def _groups(config, evidence, outputs):
+def _groups(config, evidence, outputs, split="test"):
   """({name: (N,) groups}, reasons why there are no more)."""
-  rows, index = evidence.rows.get("test"), outputs.get("index")
+  rows, index = evidence.rows.get(split), outputs.get("index")
   if rows is None or index is None or not len(rows):
-    return {}, ["the test rows were not kept"]
+    return {}, [f"the {split} rows were not kept"]
   seen = [rows[int(i)].get("attributes") or {} for i in index]
   there = list(dict.fromkeys(key for row in seen for key in row))
+  missing = [f"{name} of data.attributes is no column of the {split} rows"
+             f"{errors.suggest(name, rows.table.columns)}" for name in getattr(rows, "absent", ())]
   if not there and not config.attributes:
-    return {}, ["no column of data.attributes is in the test rows, so that there are no groups"]
-  found, missing = {}, []
+    return {}, missing or [
+        "no column of data.attributes is in the test rows, so that there are no groups"]
+  found, like = {}, _like(evidence, split)
   for name in config.attributes or there:
     if name not in there:
-      missing.append(f"{name} is no column of data.attributes that the test rows have")
+      missing.append(f"{name} is no column of data.attributes that the {split} rows have")
       continue
-    group = fairness.bands([row.get(name, "") for row in seen])
-    if len(np.unique(group)) < 2:
-      missing.append(f"{name} has one value only, {group[0]}, in the test rows")
-    else:
-      found[name] = group
+    _add(found, missing, name, fairness.bands([row.get(name, "") for row in seen],
+                                              [row.get(name, "") for row in like]))
   pairs = list(itertools.combinations(found, 2)) if config.crossed else []
-  crossed = {f"{a} × {b}": np.array([f"{x}, {y}" for x, y in zip(found[a], found[b], strict=True)])
-             for a, b in pairs}
-  return found | crossed, missing
+  for a, b in pairs:
+    _add(found, missing, f"{a} × {b}",
+         np.array([f"{x}, {y}" for x, y in zip(found[a], found[b], strict=True)]))
+  return found, missing
+
+
+def _add(found, missing, name, group):
+  """Adds (N,) groups by an attribute, or the reason why they are none."""
+  count = len(np.unique(group))
+  if count < 2:
+    missing.append(f"{name} has one value only, {group[0]}, in the test rows")
+  elif count > fairness.MOST:
+    missing.append(f"{name} has {count} values, more than {fairness.MOST} groups")
+  else:
+    found[name] = group
+
+
+def _like(evidence, split):
+  """Attributes of the rows that say where bands of numbers begin, the same for all splits."""
+  rows = next(part for part in map(evidence.rows.get, ("validation", "train", split)) if part)
+  return [rows[i].get("attributes") or {} for i in range(0, len(rows), -(-len(rows) // MOST))]
 
 
 def _temperature(evidence, outputs):
@@ -206,20 +233,23 @@ def _odds(config, evidence, outputs, group, table):
 def _validation(config, evidence):
   """(outputs, groups) of validation, where there are classes; else None."""
   outputs = evidence.outputs.get("validation", {}).get(guards.TUNED)
-  rows = evidence.rows.get("validation")
-  if outputs is None or rows is None or "index" not in outputs or not _classifies(outputs):
+  if outputs is None or "index" not in outputs or not _classifies(outputs):
     return None
   outputs = _some(_known(outputs))
-  same = dataclasses.replace(evidence, rows={"test": rows})
-  return outputs, _groups(config, same, outputs)[0]
+  return outputs, _groups(config, evidence, outputs, "validation")[0]
 
 
 def _thresholds(config, evidence, found, outputs, groups, before):
-  """What a threshold a group would do, where validation has the groups; else None."""
-  known, there = before
+  """{"thresholds": what one a group would do, or None, "untold": why}."""
   name = found["by"]
-  if found["equalised_odds"] is None or not set(groups[name]) <= set(there.get(name, ())):
-    return None
+  if found["equalised_odds"] is None:
+    return _untold(f"fewer than two groups have {config.fewest} rows of both labels")
+  known, there = before or (None, {})
+  if name not in there:
+    return _untold(f"validation has no groups by {name}")
+  lacking = {row["group"] for row in found["groups"] if not row["few"]} - set(there[name])
+  if lacking:
+    return _untold(f"validation has no rows of {', '.join(sorted(lacking))}")
   at = list(evidence.labels).index(found["positive"]) if evidence.labels else 1
   scores, seen = (stats.softmax(part["logits"])[:, at] for part in (known, outputs))
   fitted = fairness.thresholds(scores, np.asarray(known["label"]) == at, there[name],
@@ -227,9 +257,14 @@ def _thresholds(config, evidence, found, outputs, groups, before):
   truth = np.asarray(outputs["label"]) == at
   said = fairness.decided(seen, groups[name], fitted)
   apart = fairness.differences(fairness.rates(said, truth, groups[name]), config.fewest)
-  return {"at": fitted, "n": len(scores), "accuracy": float(np.mean(said == truth)),
-          "accuracy_before": float(np.mean((seen > 0.5) == truth)),
-          "equalised_odds": _finite(apart["equalised_odds"])}
+  return {"untold": None, "thresholds": {
+      "at": fitted, "n": len(scores), "accuracy": float(np.mean(said == truth)),
+      "accuracy_before": float(np.mean((seen > 0.5) == truth)),
+      "equalised_odds": _finite(apart["equalised_odds"])}}
+
+
+def _untold(reason):
+  return {"thresholds": None, "untold": reason}
 
 
 def _share(score):
@@ -323,10 +358,16 @@ def _verdict(config, numbers):
   lacking = f" Not measured: {'; '.join(numbers['missing'])}." if numbers["missing"] else ""
   if faults:
     return verdict, f"{_capital('; '.join(said))}{more} (n = {numbers['n']:,}).{lacking}"
-  looked = [f"groups by {found['by']}" for found in numbers["by"]]
-  looked += ["classes"] * bool(numbers["classes"]) + ["clusters"] * bool(numbers["clusters"])
+  looked = _compared(numbers)
   return verdict, (f"No part of test is worse than the others by more than stated limits and "
                    f"chance; compared were {', '.join(looked)} (n = {numbers['n']:,}).{lacking}")
+
+
+def _compared(numbers):
+  """What had two groups with rows enough, in words."""
+  clusters = numbers["clusters"] or {}
+  return [*[f"groups by {found['by']}" for found in numbers["by"] if found["worst"]],
+          *["classes"] * bool(numbers["worst_class"]), *["clusters"] * bool(clusters.get("worst"))]
 
 
 def _is_share(numbers):

@@ -43,6 +43,9 @@ _LATER = 0.05  # share of train that may be later than the median of test
 _RESAMPLES = 500
 LONG = {"exact": "exact", "embedding": "embedding", "minhash": "MinHash",
         "picture": "perceptual hash", "windows": "windows of time", ANY: "any of these"}
+# What any rows could have; pictures, say, are not missed where rows are texts.
+LOOKED = {"exact": "exact duplicates", "groups": "groups in two splits", "times": "order of time",
+          "columns": "columns that give labels away"}
 
 
 def measure(config, evidence):
@@ -222,9 +225,12 @@ def _row(evidence, parts, split, at, prefix):
   """Where a row stands and what it says, for the card."""
   part, i = parts[split], int(parts[split].index[at])
   label = None if part.label is None else str(part.label[at])
+  row = evidence.rows[split][i]
+  text = part.texts[at] or ", ".join(f"{key} {value}" for key, value
+                                     in row.get("record", {}).items())
   return {f"{prefix}place": evidence.rows[split].where(i), f"{prefix}label": label,
-          f"{prefix}text": duplicates.excerpt({"text": part.texts[at] or ""}),
-          f"{prefix}picture": duplicates.thumbnail(evidence.rows[split][i])}
+          f"{prefix}text": duplicates.excerpt({"text": text}),
+          f"{prefix}picture": duplicates.thumbnail(row)}
 
 
 # ---- Verdict -------------------------------------------------------------------------------------
@@ -288,7 +294,9 @@ def _words(config, numbers):
   if not parts:
     parts = ["no group, time or column was seen to leak"]
   text = "; ".join(parts)
-  return text[0].upper() + text[1:] + "."
+  lacking = [LOOKED[row["part"]] for row in numbers["missing"] if row["part"] in LOOKED]
+  more = f" Not measured: {', '.join(lacking)}." if lacking else ""
+  return text[0].upper() + text[1:] + "." + more
 
 
 def _metric_words(numbers):

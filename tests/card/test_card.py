@@ -249,6 +249,17 @@ def test_a_run_that_gains_nothing_says_so():
   assert "The images are simulated" in Reader(html.page(record)).text
 
 
+def test_a_run_in_which_nothing_trained_is_not_called_fine_tuning():
+  record = fake_runs.quality()
+  record["model"] = {**record["model"], "trainable": 0}
+  assert words.conclusion(schema.normalise(record)).startswith("The run did not gain on test: ")
+  assert "The run did not gain on test: " in Reader(page(record)).text
+  shown = card.summary(schema.normalise(record))
+  assert "The run did not gain on test: " in shown and "Fine-tuning" not in shown
+  record["differences"] = {}
+  assert words.conclusion(record) == "Whether the run gained anything on test was not measured."
+
+
 def test_many_labels_get_the_top_confusions_in_place_of_the_matrix(sentiment):
   many, few = page(fake_runs.intents()), page(sentiment)
   assert 'class="matrix"' in few and 'class="matrix"' not in many

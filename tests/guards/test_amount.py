@@ -69,6 +69,18 @@ def test_nothing_is_predicted_beyond_four_times_the_rows_of_the_curve():
   assert max(row["n"] for row in told["curve"]) == 1600
 
 
+@pytest.mark.parametrize("rows", [900, 5000])
+def test_nothing_is_said_beyond_four_times_what_was_measured(rows):
+  """Of 900 rows twice as many, of 5,000 rows even these, are out of reach of a curve of 400."""
+  wrong = np.stack([np.full((3, 50), e, np.float32) for e in (0.4, 0.3, 0.25, 0.22)])
+  told = amount.account(learning_curve.Curve(np.array([50, 100, 200, 400]), wrong), rows)
+  assert told["predicted"] == [] and told["doubled"]["n"] == 1600
+  fit = told["fit"]
+  want = fit["a"] * (800**-fit["b"] - 1600**-fit["b"])
+  assert told["doubled"]["gain"] == pytest.approx(want, abs=1e-6)
+  assert (told["per_100"] is None) == (rows == 5000)
+
+
 # ---- Subsets and probes --------------------------------------------------------------------------
 
 
@@ -156,6 +168,27 @@ def test_classes_give_a_falling_curve_and_every_number():
   assert numbers["per_class"]["median"] == pytest.approx(1600 / 6, abs=1)
   assert "LoRA" in numbers["method"]
   assert numbers["points"][-1]["draws"] == 1
+
+
+def test_more_rows_than_the_curve_is_of():
+  evidence = guards.Evidence(features=features(
+      train=blobs(1000), validation=blobs(100, seed=1), test=blobs(300, seed=2)))
+  found = measured(evidence, rows=400, gain=0.5)
+  assert found["verdict"] == "ok" and "with 400 rows of 1,000; 1,600 in place" in found["words"]
+  found = measured(evidence, rows=400, gain=-1.0)
+  assert found["verdict"] == "not measured"
+  assert "raise guard.amount.rows to 500 or more" in found["words"]
+  assert "predicted, 4 times" not in page.section(found["numbers"], {})
+  found = measured(evidence, rows=200, gain=0.5)
+  assert found["numbers"]["per_100"] is None and "next 100 labels" not in found["words"]
+  assert "Next 100 labels" not in page.section(found["numbers"], {})
+
+
+def test_one_class_is_not_measured():
+  one = Part(np.random.default_rng(0).normal(size=(400, 5)).astype(np.float32),
+             np.zeros(400, int))
+  found = measured(guards.Evidence(features=features(train=one, validation=one, test=one)))
+  assert found["verdict"] == "not measured" and "one class only" in found["words"]
 
 
 def test_the_words_follow_the_gain_asked_for():

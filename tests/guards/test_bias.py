@@ -34,18 +34,20 @@ class Rows:
     return {"attributes": {key: str(value[i]) for key, value in self.columns.items()}}
 
 
-def measured(said, truth, rows=None, classes=2, features=None, **changes):
+def measured(said, truth, rows=None, classes=2, features=None, validation=None, **changes):
   config = guards.defaults("bias")
   vars(config).update(changes)
   n = len(truth)
   logits = np.full((n, classes), -2.0)
   logits[np.arange(n), said] = 2.0
   outputs = {"logits": logits, "label": np.asarray(truth), "index": np.arange(n)}
+  known = {"validation": validation} if validation else {}
   evidence = guards.Evidence(
     metric="accuracy", outputs={"test": {guards.TUNED: outputs},
                                 "validation": {guards.TUNED: outputs}},
     score=lambda out: (np.argmax(out["logits"], 1) == out["label"]).astype(float),
-    labels=tuple("abcdefghij"[:classes]), rows={} if rows is None else {"test": rows},
+    labels=tuple("abcdefghij"[:classes]),
+    rows={} if rows is None else {"test": rows} | known,
     features={} if features is None else {
       "test": {"features": features, "label": truth, "index": np.arange(n)}})
   return bias.measure(config, evidence)
@@ -167,6 +169,81 @@ def test_a_threshold_a_group_mends_what_a_shifted_score_broke():
 def test_numbers_become_bands():
   names = fairness.bands([str(v) for v in range(100)])
   assert len(set(names)) == 4 and all((names == name).sum() == 25 for name in set(names))
+
+
+def test_a_missing_value_is_a_group_of_its_own_beside_the_bands():
+  values = [str(v) for v in range(100)] + ["", "nan"]
+  names = fairness.bands(values)
+  assert sorted(set(names)) == ["(none)", "24.75 to 49.5", "49.5 to 74.25", "below 24.75",
+                                "from 74.25"]
+  assert list(names[100:]) == ["(none)"] * 2 and names[0] == "below 24.75"
+  mostly = fairness.bands([str(v) for v in [0] * 300 + list(range(1, 51))])
+  assert set(mostly) == {"below 1", "from 1"} and (mostly == "below 1").sum() == 300
+
+
+def test_too_many_groups_are_left_out():
+  rng = np.random.default_rng(7)
+  truth = rng.integers(0, 2, 3000)
+  town = np.array([f"town {i}" for i in rng.integers(0, 60, 3000)])
+  trade = np.array([f"trade {i}" for i in rng.integers(0, 30, 3000)])
+  sex = rng.choice(["f", "m"], 3000)
+  numbers = measured(truth, truth, Rows(town=town, trade=trade, sex=sex))["numbers"]
+  assert [found["by"] for found in numbers["by"]] == ["trade", "sex"]
+  assert "town has 60 values, more than 50 groups" in numbers["missing"]
+  assert "trade × sex has 60 values, more than 50 groups" in numbers["missing"]
+
+
+def test_bands_are_those_of_validation_so_that_thresholds_are_found():
+  rng = np.random.default_rng(8)
+  truth = rng.integers(0, 2, 3000)
+  said = np.where(rng.random(3000) < 0.8, truth, 1 - truth)
+  age, other = (rng.normal(40, 10, 3000).round(1) for _ in range(2))
+  by, = measured(said, truth, Rows(age=age), validation=Rows(age=other))["numbers"]["by"]
+  quarters = [f"{edge:g}" for edge in np.quantile(other, [0.25, 0.5, 0.75])]
+  assert {row["group"] for row in by["groups"]} == {
+    f"below {quarters[0]}", f"{quarters[0]} to {quarters[1]}", f"{quarters[1]} to {quarters[2]}",
+    f"from {quarters[2]}"} == set(by["thresholds"]["at"])
+  group = np.where(age > 40, "old", "young")
+  by, = measured(said, truth, Rows(g=group), validation=Rows(g=["old"] * 3000))["numbers"]["by"]
+  assert by["thresholds"] is None and by["untold"] == "validation has no groups by g"
+  three = np.where(age > 55, "oldest", group)
+  by, = measured(said, truth, Rows(g=three), validation=Rows(g=group))["numbers"]["by"]
+  assert by["untold"] == "validation has no rows of oldest"
+  assert "no rows of oldest" in str(page._apart(by))
+
+
+def test_only_what_was_compared_is_listed():
+  truth = np.arange(200) % 2
+  group = np.array([f"g{i}" for i in np.arange(200) % 10])
+  found = measured(truth, truth, Rows(g=group, h=["x", "y"] * 100), crossed=False)
+  assert "compared were groups by h, classes" in found["words"]
+  assert "by g: fewer than two groups have 30 rows" in found["words"]
+  alone = measured(truth * 0, truth * 0, Rows(g=group))
+  assert alone["verdict"] == "not measured" and "fewer than two groups" in alone["words"]
+  assert "g0" in str(page.section(alone["numbers"], {}))
+
+
+def test_a_misspelt_attribute_is_named(tmp_path):
+  from ft import config
+  from ft.data import sources
+  lines = [f"{i},{'fm'[i % 2]},{'ab'[i // 2 % 2]}" for i in range(400)]
+  (tmp_path / "t.csv").write_text("x,sex,label\n" + "\n".join(lines) + "\n")
+  data = config.complete({"data.modality": "table", "data.train": "t.csv",
+                          "data.attributes": ("sex", "rase", "sexx"),
+                          "model.source": "scratch:tabular"}).data
+  rows = sources.read(data, "t.csv", name="test", base=tmp_path)
+  truth = np.arange(400) // 2 % 2
+  found = measured(truth, truth, rows)
+  assert [of["by"] for of in found["numbers"]["by"]] == ["sex"]
+  assert ("sexx of data.attributes is no column of the test rows (did you mean 'sex'?)"
+          in found["words"])
+  assert "rase of data.attributes is no column of the test rows;" in found["words"]
+
+
+def test_a_metric_that_is_no_mean_over_rows():
+  evidence = guards.Evidence(metric="auroc", outputs={"test": {guards.TUNED: {}}})
+  found = bias.measure(guards.defaults("bias"), evidence)
+  assert "auroc is no mean over rows" in found["words"]
 
 
 def test_what_is_not_there_is_said():

@@ -202,6 +202,27 @@ def test_groups_times_and_columns():
   assert row(measured(apart)["numbers"], "times", split="test")["later"] == 0
 
 
+def test_rows_and_columns_of_a_table():
+  """20 rows of 100 are in train but for their id, and one column is the label under a new name."""
+  rng = np.random.default_rng(9)
+  made = [{"id": str(i), "x": f"{rng.normal():.4f}", "colour": rng.choice(["red", "blue"]),
+           "label": "ab"[i % 2], "outcome": "01"[i % 2]} for i in range(480)]
+  again = [{**record, "id": f"again {i}"} for i, record in enumerate(made[:20])]
+
+  def part(name, records):
+    return dataclasses.replace(rows(name, records), whole=True, roles={"label": "label"},
+                               ignored=("id",))
+
+  found = measured({"train": part("train", made[:400]), "test": part("test", made[400:] + again)})
+  numbers = found["numbers"]
+  assert row(numbers, "between", split="test", method="exact")["rows"] == 20
+  assert [r["column"] for r in numbers["columns"]][0] == "outcome"
+  assert {r["column"] for r in numbers["columns"]} == {"x", "colour", "outcome"}
+  assert "the column outcome alone gives 100.0 %" in found["words"]
+  assert found["words"].endswith("Not measured: groups in two splits, order of time.")
+  assert any("colour" in r["text"] and "colour" in r["train_text"] for r in numbers["examples"])
+
+
 @dataclasses.dataclass(frozen=True)
 class Series:
   name: str

@@ -46,8 +46,9 @@ def _facts(numbers, made, share, metric):
   scale, ending = (100, " points") if share else (1, "")
   yield "Fitted", (f"error(n) = {made['a']:.3g} · n^−{made['b']:.3g} + {made['c']:.3g}; exponent "
                    f"{_pair(made['b_interval'])}, floor {_pair(made['c_interval'])}")
-  yield "Next 100 labels", (f"{scale * per['gain']:.3f}{ending} "
-                            f"{_pair([scale * value for value in per['interval']])}")
+  if per:
+    yield "Next 100 labels", (f"{scale * per['gain']:.3f}{ending} "
+                              f"{_pair([scale * value for value in per['interval']])}")
   yield "Without near-duplicates", effective.get("missing") or (
       f"{effective['n']:,} of {effective['of']:,} rows have no other with a cosine above "
       f"{effective['similar']:g} that is kept")

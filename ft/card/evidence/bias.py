@@ -149,6 +149,8 @@ def _apart(found):
                   f"{words.number(mended['equalised_odds'], 'accuracy')}, at an accuracy of "
                   f"{words.number(mended['accuracy'], 'accuracy')} (before: "
                   f"{words.number(mended['accuracy_before'], 'accuracy')})"))
+  if found.get("untold"):
+    facts.append(("with a threshold a group", f"not measured: {found['untold']}"))
   return join([elements.facts(facts), h("p", "In points. Equalised odds: the larger of the "
                                        "differences in true and in false positive rates.")])
 

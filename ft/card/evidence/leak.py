@@ -34,7 +34,8 @@ def _explained(numbers):
     made.append(f"as pictures (hashes within {s['bits']} of 64 bits, pixels correlated by "
                 f"{s['correlation']:g} or more; {s['pictures']:,} images)")
   text = "Rows are exact duplicates where text is the same up to case, punctuation and spaces, or "
-  text += "where image or sound is the same byte for byte."
+  text += ("where image or sound is the same byte for byte; of tables, where all columns are that "
+           "the model reads.")
   if made:
     text += f" They are near-duplicates where they are alike {', or '.join(made)}."
   return text + (f" Compared: {', '.join(cut)}." if cut else "")
