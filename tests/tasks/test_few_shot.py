@@ -164,6 +164,7 @@ def get_config():
   assert test["fine-tuned"]["metrics"]["accuracy"] > test["majority"]["metrics"]["accuracy"]
   if "few" in task:
     assert card["data"]["splits"]["train"]["rows"] == 12
+    assert card["cost"]["tokens"] == 24 * 16 * 2 * 7  # steps, pairs, of rows of five words
     assert "train/cosine_error" in (out / "metrics.jsonl").read_text()
   else:
     both = card["results"]["open"]
