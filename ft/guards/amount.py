@@ -108,6 +108,8 @@ def prepared(features, most: int):
     x, target = np.asarray(part["features"], np.float32), np.asarray(target)
     if target.dtype.kind in "iu" and target.ndim == 1:
       labels = np.unique(target[target >= 0]) if labels is None else labels
+      if len(labels) < 2:
+        return "train has one class only, and telling classes apart takes two"
       known = np.isin(target, labels)  # -1 stands for a label that is not trained
       x, target = x[known], np.searchsorted(labels, target[known])
     if not np.isfinite(x).all():
@@ -121,8 +123,6 @@ def prepared(features, most: int):
       rows = np.sort(np.random.default_rng(0).permutation(len(x))[:most])
     found.append(learning_curve.Part(x, target).rows(rows))
   if labels is not None:
-    if len(labels) < 2:
-      return "train has one class only, and telling classes apart takes two"
     seen = np.unique(found[0].target)
     if len(seen) < len(labels):
       return f"guard.amount.rows={most} rows do not hold each of the {len(labels)} classes"
