@@ -216,8 +216,9 @@ def words(numbers, more: bool) -> str:
   text += "".join(f", {amount(row, share)} {interval(row, share)} predicted with "
                   f"{row['times']} times as many" for row in numbers["predicted"])
   if not numbers["predicted"]:
-    text += (f" of {numbers['rows']:,}; {numbers['doubled']['n']:,} in place of half as many would "
-             f"gain {gained(numbers, share)}, and rows beyond them no more")
+    furthest = numbers["doubled"]["n"]
+    text += (f" of {numbers['rows']:,}; going from {furthest // 2:,} to {furthest:,} would gain "
+             f"{gained(numbers, share)}, and later doublings no more")
   if share and numbers["per_100"]:
     text += (f"; the next 100 labels are worth {100 * numbers['per_100']['gain']:.2f} points")
   text += "."
