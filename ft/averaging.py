@@ -27,7 +27,7 @@ from ft.weights import stacking
 KEYS = {
   "ema": (0.0, "decay of a running mean of what trains, used in its place; 0: off",
           (0.0, 0.999999)),
-  "dfr": ((), "after training, the label head is fitted anew to validation rows balanced over "
+  "dfr": ((), "after training, the label head is fitted anew to half of validation, balanced over "
           "these columns: label, or of data.attributes; (): off; see ft/last_layer.py"),
   "wise": ((), "shares alpha of the tuned weights to choose from after training; (): off", "list"),
 }

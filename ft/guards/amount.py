@@ -109,6 +109,8 @@ def prepared(features, most: int):
     x, target = np.asarray(part["features"], np.float32), np.asarray(target)
     if target.dtype.kind in "iu" and target.ndim == 1:
       labels = np.unique(target[target >= 0]) if labels is None else labels
+      if len(labels) < 2:
+        return "train has one class only, and telling classes apart takes two"
       known = np.isin(target, labels)  # -1 stands for a label that is not trained
       x, target = x[known], np.searchsorted(labels, target[known])
     if not np.isfinite(x).all():
@@ -122,8 +124,6 @@ def prepared(features, most: int):
       rows = np.sort(np.random.default_rng(0).permutation(len(x))[:most])
     found.append(learning_curve.Part(x, target).rows(rows))
   if labels is not None:
-    if len(labels) < 2:
-      return "train has one class only, and telling classes apart takes two"
     seen = np.unique(found[0].target)
     if len(seen) < len(labels):
       return f"guard.amount.rows={most} rows do not hold each of the {len(labels)} classes"
@@ -217,8 +217,9 @@ def words(numbers, more: bool) -> str:
   text += "".join(f", {amount(row, share)} {interval(row, share)} predicted with "
                   f"{row['times']} times as many" for row in numbers["predicted"])
   if not numbers["predicted"]:
-    text += (f" of {numbers['rows']:,}; {numbers['doubled']['n']:,} in place of half as many would "
-             f"gain {gained(numbers, share)}, and rows beyond them no more")
+    furthest = numbers["doubled"]["n"]
+    text += (f" of {numbers['rows']:,}; going from {furthest // 2:,} to {furthest:,} would gain "
+             f"{gained(numbers, share)}, and later doublings no more")
   if share and numbers["per_100"]:
     text += (f"; the next 100 labels are worth {100 * numbers['per_100']['gain']:.2f} points")
   text += "."

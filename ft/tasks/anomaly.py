@@ -8,6 +8,7 @@ Shapes: B batch, N images of a split, h x w cells of the feature maps, H x W pix
 patches in the bank. Label 0 is nominal, every other one a kind of defect.
 """
 
+import functools
 import io
 from collections.abc import Callable, Iterable, Mapping
 
@@ -39,6 +40,7 @@ KEYS = {
 
 STRIDES = (8, 16)  # pixels a cell of the maps that are taken by default
 FILE = "bank.npz"  # beside the exported model
+MEAN = 1000  # images of train, drawn at random, that the mean image is of
 SEED = 0  # of the patches that are drawn and of the coreset: the same bank whatever the run's seed
 
 
@@ -133,10 +135,25 @@ class Detector:
     return float(np.quantile(scores, self._config.quantile))
 
   def features(self, apply: Callable, variables, batch: dict) -> dict:
-    """Returns "pixels" (B, H, W, 3) uint8, "features" (B, D) of whole images, and "label"."""
+    """Returns "away" (B,) from the mean image, "features" (B, D) of whole images, and "label"."""
     pixels = self.preprocess.finish({"pixel_values": batch["pixel_values"]})
     made = apply(variables, pixels, None)["features"].astype(jnp.float32)
-    return {"pixels": batch["pixel_values"], "features": made, "label": batch["label"]}
+    apart = batch["pixel_values"].astype(jnp.float32) - self._mean_image
+    return {"away": jnp.sqrt(jnp.sum(jnp.square(apart), (1, 2, 3))), "features": made,
+            "label": batch["label"]}
+
+  @functools.cached_property
+  def _mean_image(self) -> np.ndarray:
+    """(H, W, 3) float32, the mean pixels of train: no split's pixels are held for it."""
+    rows = np.random.default_rng(SEED).permutation(len(self._train))[:MEAN]
+    total, count = 0.0, 0
+    for i in rows:
+      try:
+        total += self.preprocess(self._train[int(i)])["pixel_values"].astype(np.float64)
+      except errors.RowError:
+        continue  # it is counted when the rows are made examples
+      count += 1
+    return (total / count).astype(np.float32)
 
   # On the host, over whole splits.
 
@@ -217,17 +234,16 @@ class Detector:
     """Returns what no bank of patches gets.
 
     Args:
-      features: split -> {"pixels", "features", "label"}, with at least "train" and "validation".
+      features: split -> {"away", "features", "label"}, with at least "train" and "validation".
 
     Returns:
       "mean-image" (distance of the pixels to the mean of train) and "nearest-image" (distance of
       the whole image's features to the nearest of train's) -> split -> score, threshold, label.
     """
     train = features["train"]
-    mean = train["pixels"].mean(0, dtype=np.float64).astype(np.float32)
 
     def from_mean(part):
-      return np.array([np.linalg.norm(one - mean) for one in part["pixels"]])
+      return part["away"]
 
     def from_nearest(part):
       away, _ = anomalies.nearest(jnp.asarray(part["features"]), jnp.asarray(train["features"]))

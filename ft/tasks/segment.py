@@ -209,15 +209,17 @@ class Task:
   def predict(self, apply: Callable, variables, batch: dict) -> dict:
     """Returns what is counted in an image, so that no split's pixels are held.
 
-    "confusion" (B, C, C) pixels by true and predicted class, "nats" (B,) the sum of their losses;
-    where the batch has no mask "classes" (B, H, W) uint8.
+    "hits", "true" and "said" (B, C) pixels of a class that are right, are of it, and are said to
+    be, "nats" (B,) the sum of their losses; where the batch has no mask "classes" (B, H, W) uint8.
     """
     logits = self._logits(apply, variables, batch, None)
     classes = jnp.argmax(logits, -1)
     if "mask" not in batch:
       return {"classes": classes.astype(jnp.uint8)}
     counts = batch["mask"] != NOWHERE
-    return {"confusion": self._confusion(batch["mask"], classes),
+    table = self._confusion(batch["mask"], classes)
+    return {"hits": jnp.diagonal(table, axis1=1, axis2=2), "true": table.sum(2),
+            "said": table.sum(1),
             "nats": jnp.sum(self._losses(logits, batch["mask"]) * counts, (1, 2))}
 
   def _confusion(self, mask, classes):
@@ -241,12 +243,12 @@ class Task:
     of the classes that have either; pixel_accuracy; mean_recall over classes that occur; log_loss
     in nats a pixel; iou/<class>.
     """
-    table = np.asarray(outputs["confusion"], np.float64).sum(0)
-    hits, true, said = np.diag(table), table.sum(1), table.sum(0)
+    hits, true, said = (np.sum(outputs[key], axis=0, dtype=np.float64)
+                        for key in ("hits", "true", "said"))
     union = true + said - hits
     iou = np.divide(hits, union, out=np.full(len(hits), np.nan), where=union > 0)
     recall = np.divide(hits, true, out=np.full(len(hits), np.nan), where=true > 0)
-    total = table.sum()
+    total = true.sum()
     found = {"miou": np.nanmean(iou) if total else np.nan,
              "pixel_accuracy": hits.sum() / total if total else np.nan,
              "mean_recall": np.nanmean(recall) if total else np.nan,
@@ -293,7 +295,8 @@ class Task:
     most, nats = int(total.argmax()), -np.log((total + 1) / (total + 1).sum())
     found = {}
     for split, part in features.items():
-      table = np.zeros((*part["pixels"].shape, len(total)), np.int64)
-      table[:, :, most] = part["pixels"]
-      found[split] = {"confusion": table, "nats": part["pixels"] @ nats}
+      true = np.asarray(part["pixels"], np.int64)
+      here = np.arange(len(total)) == most
+      found[split] = {"hits": true * here, "true": true,
+                      "said": true.sum(1, keepdims=True) * here, "nats": true @ nats}
     return {"majority": found}

@@ -9,7 +9,9 @@ from PIL import Image
 
 from ft import config, errors, judge, models, predict, train
 from ft.data import image as images
+from ft.data import sources
 from ft.models import efficientnet
+from ft.tasks import anomaly
 from ft.weights import names
 
 
@@ -76,11 +78,28 @@ def test_holes_are_found_by_nominal_images_alone(folder, record):
   assert set(found) == {"mean-image", "nearest-image", "fine-tuned"}
   assert record["differences"]["test"]["fine-tuned - mean-image"]["metric"] == "auroc"
   assert record["best"]["step"] == 0 and record["model"]["trainable"] == 0
+  assert "one class only" in record["guards"]["amount"]["words"]
+  assert "auroc is no mean over rows" in record["guards"]["bias"]["words"]
   # The threshold holds 95 % of the nominal images of validation, and saw no other.
   validation = record["results"]["validation"]["fine-tuned"]["metrics"]
   assert validation["false_alarms"] == pytest.approx(1 / 6) and np.isnan(validation["auroc"])
   page = (folder / "run" / "card.html").read_text()
+  assert "The run did not gain on test" in page or "The run gained on test" in page
   assert page.count('src="data:image/png;base64,') == 8 and "above the threshold" in page
+
+
+def test_no_pixels_are_kept_for_the_distance_to_the_mean_image(folder):
+  c = complete(folder)
+  preprocess = images.Preprocess(c.data, models.inspect(c.model.source, c.model.family))
+  task = anomaly.Task(c.task, sources.load(c.data), preprocess)
+  pixels = [preprocess(row)["pixel_values"] for row in task._train]
+  apply = lambda *_: {"features": np.ones((2, 5), np.float32)}  # noqa: E731
+  batch = {"pixel_values": np.stack(pixels[:2]), "label": np.zeros(2, np.int32)}
+  found = task.features(apply, {}, batch)
+  want = [np.linalg.norm(one - np.mean(pixels, axis=0)) for one in pixels[:2]]
+  np.testing.assert_allclose(found["away"], want, rtol=1e-5)
+  assert {key: np.shape(value) for key, value in found.items()} == {
+    "away": (2,), "features": (2, 5), "label": (2,)}
 
 
 def test_prediction_and_evaluation_have_the_bank(folder, record):

@@ -59,16 +59,40 @@ def test_loss_equals_torch():
 def test_metrics_equal_scikit_learn():
   rng = np.random.default_rng(1)
   true, said = rng.integers(0, 3, (2, 4, 50))
-  made = np.stack([reference.confusion_matrix(t, s, labels=range(3))
-                   for t, s in zip(true, said, strict=True)])
-  found = task().metrics({"confusion": made, "nats": np.full(4, 25.0)})
+  count = lambda x: np.stack([np.bincount(row, minlength=3) for row in x])  # noqa: E731
+  right = np.stack([reference.confusion_matrix(t, s, labels=range(3)).diagonal()
+                    for t, s in zip(true, said, strict=True)])
+  found = task().metrics({"hits": right, "true": count(true), "said": count(said),
+                          "nats": np.full(4, 25.0)})
   true, said = true.ravel(), said.ravel()
   assert found["miou"] == pytest.approx(reference.jaccard_score(true, said, average="macro"))
   assert found["pixel_accuracy"] == pytest.approx(reference.accuracy_score(true, said))
   assert found["mean_recall"] == pytest.approx(reference.balanced_accuracy_score(true, said))
   assert found["log_loss"] == 0.5
   # A class in neither truth nor answer is left out of the mean.
-  assert task().metrics({"confusion": np.diag([3, 4, 0])[None], "nats": np.ones(1)})["miou"] == 1
+  same = dict.fromkeys(("hits", "true", "said"), np.array([[3, 4, 0]]))
+  assert task().metrics({**same, "nats": np.ones(1)})["miou"] == 1
+
+
+def test_what_is_counted_in_an_image():
+  """Intersections and sizes of each class, (B, C), are all that is kept and resampled."""
+  rng = np.random.default_rng(2)
+  maps = [rng.normal(size=(2, 4, 4, 5)).astype(np.float32)]
+  apply = lambda *_: {"feature_maps": maps}  # noqa: E731
+  head = {"kernel": rng.normal(size=(5, 3)).astype(np.float32), "bias": np.zeros(3, np.float32)}
+  variables, mask = {"company": {"head": head}}, rng.integers(0, 3, (2, 8, 8)).astype(np.uint8)
+  mask[0, :2] = 255
+  batch = {"pixel_values": np.zeros((2, 8, 8, 3), np.uint8)}
+  said = np.asarray(task(maps=(0,)).predict(apply, variables, batch)["classes"])
+  found = task(maps=(0,)).predict(apply, variables, {**batch, "mask": mask})
+  assert {key: np.shape(value) for key, value in found.items()} == {
+    "hits": (2, 3), "true": (2, 3), "said": (2, 3), "nats": (2,)}
+  for i in range(2):
+    known = mask[i] != 255
+    want = reference.confusion_matrix(mask[i][known], said[i][known], labels=range(3))
+    np.testing.assert_array_equal(found["hits"][i], want.diagonal())
+    np.testing.assert_array_equal(found["true"][i], want.sum(1))
+    np.testing.assert_array_equal(found["said"][i], want.sum(0))
 
 
 @pytest.fixture(scope="module")
