@@ -147,7 +147,7 @@ def test_upernet_trains_and_comes_back(folder, tmp_path):
   test = f"{folder / 'data'}[75%:]"
   record = train.train(complete(folder, **{
     "data.train": f"{folder / 'data'}[:75%]", "data.test": test, "task.head": "upernet",
-    "task.width": 16, "optim.rate": 0.01, "train.steps": 30}), tmp_path / "run")
+    "task.width": 16, "optim.rate": 0.01, "train.steps": 60}), tmp_path / "run")
   found = record["results"]["test"]
   want = found["fine-tuned"]["metrics"]
   assert want["log_loss"] < found["majority"]["metrics"]["log_loss"]
