@@ -14,8 +14,9 @@ Measured on one busy CPU core, about a minute a run. adult, seed 0, test n = 16,
 [85.2, 86.3], probe 85.3 [84.8, 85.9]; +0.5 [0.1, 0.8]. breast_cancer, test n = 114: AUROC 99.6
 [98.6, 100.0] and 98.7 [95.4, 100.0] with seeds 0 and 1, probe 99.9: no gain shown.
 
-Remedies on adult with another carving of validation, test, seeds 0 / 1, per cent. worst: accuracy of the worst of the four cells of
-sex and income; odds: equalised-odds difference between the sexes (larger of ΔTPR and ΔFPR).
+Remedies on adult, another carving of validation, test, seeds 0 / 1, per cent. worst: accuracy of
+the worst of the four cells of sex and income; odds: equalised-odds difference between the sexes
+(larger of ΔTPR and ΔFPR).
 
     remedy      accuracy      worst         odds
     none        85.7 / 85.7   58.0 / 58.1    7.2 /  7.0
