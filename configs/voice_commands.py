@@ -11,6 +11,11 @@ own thirty; it has LoRA and a new projection and head. Noise, shift and SpecAugm
 rows. Baselines: the most frequent digit, and a logistic regression on the frozen features, which
 stand behind the projection as it was drawn.
 tune: lora, or head for the classifier alone. folder, model: where data and weights lie.
+
+Measured, seed 0, one busy CPU core, interrupted, so that its minutes say nothing; accuracy of 1,000
+recordings of two unheard speakers, 95 % intervals: LoRA 98.4 [97.6, 99.1], frozen probe 97.8 [96.8,
+98.7], majority 10.0; +0.6 [-0.3, 1.5], no gain shown. The one speaker of validation is harder: 87.6
+and 85.8.
 """
 
 
