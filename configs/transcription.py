@@ -11,6 +11,9 @@ seconds: of a clip; the model was trained on 30, and does no worse before tuning
 fifths of the work; below that it says a digit over and over. limit: rows of each split; steps and
 rate: of training. folder, model: where data and weights lie. A manifest of your own takes their
 place with data.train=manifest.csv of columns audio and text.
+
+Measured, seed 0, one CPU core, 9 minutes; WER of 160 recordings of unheard speakers, 95 %
+intervals: fine-tuned 0.031 [0.006, 0.056], before 0.344 [0.263, 0.425]; -0.312 [-0.394, -0.237].
 """
 
 
