@@ -193,6 +193,9 @@ def describe(evidence, most: int) -> tuple[str, dict]:
     raise guards.Missing(f"train has {len(found['train'][0])} rows, fewer than {FEWEST}")
   if not all(np.isfinite(x).all() for x, _ in found.values()):
     raise guards.Missing("features are not finite")
+  # A classifier of rows that are all alike would tell the folds apart, and nothing else.
+  if len(found) > 1 and not any(np.ptp(x, axis=0).any() for x, _ in found.values()):
+    raise guards.Missing(f"{kind} are the same for all rows")
   return kind, found
 
 

@@ -169,7 +169,7 @@ def test_series_that_moved(shift, verdict):
     ({}, "neither features"),
     ({"train": {"pixels": np.zeros((40, 2))}, "test": {"pixels": np.zeros((40, 2))}}, "neither"),
     ({"train": part(np.zeros((20, 2))), "test": part(np.zeros((60, 2)))}, "20 rows, fewer than 30"),
-    ({"train": part(np.zeros((40, 2))), "test": part(np.zeros((8, 2)))}, "no split beside train"),
+    ({"train": part(np.eye(40)), "test": part(np.eye(40)[:8])}, "no split beside train"),
     ({"train": part(np.full((40, 2), np.nan)), "test": part(np.zeros((40, 2)))}, "not finite")])
 def test_missing_input_is_not_measured(features, reason):
   found = measured(features)
@@ -191,3 +191,9 @@ def test_a_train_split_of_one_class_has_no_class_shares():
                     "test": part(rng.normal(size=(60, 4)), np.arange(60) % 2)})
   assert not found["numbers"]["priors"]
   assert "one class only" in found["numbers"]["missing"][0]["reason"]
+
+
+def test_rows_that_are_all_alike_tell_nothing_apart():
+  found = measured({name: part(np.ones((60, 4)), np.arange(60) % 2) for name in ("train", "test")})
+  assert not found["numbers"]["features"] and found["verdict"] == "ok"
+  assert any("same for all rows" in row["reason"] for row in found["numbers"]["missing"])
