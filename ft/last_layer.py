@@ -124,8 +124,8 @@ def _mean(features, label, cell, classes, strength, seed, draws):
     rng = np.random.default_rng((seed, draw))
     rows = np.concatenate([rng.choice(np.flatnonzero(cell == g), least, replace=False)
                            for g in np.unique(cell)])
-    found.append(probes.regression(features[rows], label[rows], classes, strength))
-  return tuple(np.mean(part, axis=0) for part in zip(*found, strict=True))
+    found.append(next(probes.probes(features[rows], label[rows], classes, (strength,))))
+  return np.mean([one.kernel for one in found], 0), np.mean([one.bias for one in found], 0)
 
 
 def _features(task):

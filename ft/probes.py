@@ -8,14 +8,14 @@ import numpy as np
 STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # of the probe: inverse regularisation
 
 
-def probes(features, label, classes: int):
+def probes(features, label, classes: int, strengths=STRENGTHS):
   """Yields logistic regressions from strong to weak regularisation, each started at the last.
 
   Features are centred and divided by one number, so that the strengths mean the same for every
   model and the penalty keeps its shape.
 
   Args:
-    features: (N, D). label: (N,) or multi-hot (N, C). classes: C.
+    features: (N, D). label: (N,) or multi-hot (N, C). classes: C. strengths: in this order.
   """
   features, label = np.asarray(features, np.float32), np.asarray(label)
   centre = features.mean(axis=0, dtype=np.float64).astype(np.float32)
@@ -23,7 +23,7 @@ def probes(features, label, classes: int):
   scaled = (features - centre) / size
   targets = [label] if label.ndim == 1 else [label[:, i] for i in range(classes)]
   models = [_regression(target) for target in targets]
-  for strength in STRENGTHS:
+  for strength in strengths:
     parts = [_fit(model, scaled, target, strength)
              for model, target in zip(models, targets, strict=True)]
     kernel = np.concatenate([kernel for kernel, _ in parts], axis=1)
@@ -42,28 +42,14 @@ def _spread(kernel, bias, seen, classes: int) -> tuple:
   return wide
 
 
-def regression(features, label, classes: int, strength: float) -> tuple:
-  """Returns (kernel (D, C), bias (C,)) of a logistic regression of one strength; see `probes`.
-
-  Args:
-    features: (N, D). label: (N,), with each of the C classes.
-  """
-  centre = features.mean(axis=0)
-  size = np.sqrt(np.square(features - centre).sum(axis=1).mean()) or np.float32(1)
-  kernel, bias = _fit(_regression(label), (features - centre) / size, label, strength)
-  if kernel.shape[1] == 1 and classes == 2:
-    kernel, bias = np.concatenate([0 * kernel, kernel], 1), np.concatenate([0 * bias, bias])
-  return kernel / size, bias - centre @ kernel / size
-
-
 class Linear:
-  """features (N, D) -> logits (N, C) float32."""
+  """features (N, D) -> logits (N, C) float32: kernel (D, C), bias (C,)."""
 
   def __init__(self, centre, size, kernel, bias):
-    self._kernel, self._bias = kernel / size, bias - centre @ kernel / size
+    self.kernel, self.bias = kernel / size, bias - centre @ kernel / size
 
   def __call__(self, features):
-    return (np.asarray(features, np.float32) @ self._kernel + self._bias).astype(np.float32)
+    return (np.asarray(features, np.float32) @ self.kernel + self.bias).astype(np.float32)
 
 
 def _regression(target):

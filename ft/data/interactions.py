@@ -10,8 +10,6 @@ Shapes: T items of a history that the model reads, V rows of the item table.
 import json
 import pathlib
 import shlex
-import sys
-import tempfile
 import types
 from collections.abc import Iterator
 
@@ -240,12 +238,8 @@ class Preprocess(Fixed):
       UserError: the file cannot be read.
     """
     if source == "-":
-      text = sys.stdin.read()
-      with tempfile.TemporaryDirectory() as folder:
-        kind = "jsonl" if text.lstrip().startswith("{") else "csv"
-        path = pathlib.Path(folder) / f"standard input.{kind}"
-        path.write_text(text)
-        yield from list(self.read_rows(str(path)))
+      with sources.standard_input() as path:
+        yield from list(self.read_rows(path))
       return
     config = sources.written(**self._files)
     _, table, indices = sources.table(config, source)

@@ -8,10 +8,7 @@ Shapes: T steps of context, H of the forecast, C channels.
 
 import dataclasses
 import importlib
-import pathlib
 import shlex
-import sys
-import tempfile
 import types
 from collections.abc import Iterator
 
@@ -268,7 +265,8 @@ class Preprocess(Fixed):
     """Yields a row a series: its end, from which it is forecast, and the "times" of the forecast.
 
     Args:
-      source: a file with the columns of the run, as CSV, Parquet, …; "-" for CSV on standard input.
+      source: a file with the columns of the run, as CSV, Parquet, …; "-": CSV, or JSON lines, on
+        standard input.
         Rows behind the last value of a series may hold the covariates of the steps ahead. A series
         that train had not is standardised by what is given of it.
 
@@ -276,10 +274,8 @@ class Preprocess(Fixed):
       UserError: the file, or a series in it, cannot be read.
     """
     if source == "-":
-      with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "standard input.csv"
-        path.write_text(sys.stdin.read())
-        yield from list(self.read_rows(str(path)))
+      with sources.standard_input() as path:
+        yield from list(self.read_rows(path))
       return
     config = sources.written(**self._files)
     _, table, indices = sources.table(config, source)

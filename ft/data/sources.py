@@ -8,11 +8,14 @@ are carved from the training source.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import math
 import pathlib
 import re
+import sys
+import tempfile
 import types
 from collections.abc import Iterable
 from typing import Any
@@ -262,6 +265,17 @@ def table(config, spec, *, base=None, tables: dict | None = None) -> tuple:
   if key not in tables:
     tables[key] = _table(config, location, split, base)
   return config, tables[key], _slice(spec, bounds, len(tables[key].records))
+
+
+@contextlib.contextmanager
+def standard_input():
+  """Gives the path of a file with what is on standard input: CSV, or JSON lines."""
+  text = sys.stdin.read()
+  with tempfile.TemporaryDirectory() as folder:
+    kind = "jsonl" if text.lstrip().startswith("{") else "csv"
+    path = pathlib.Path(folder) / f"standard input.{kind}"
+    path.write_text(text)
+    yield str(path)
 
 
 def _own(config, spec) -> tuple:

@@ -10,10 +10,7 @@ Shapes: n numbers (indicators last), k columns of categories.
 import dataclasses
 import json
 import math
-import pathlib
 import shlex
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 
@@ -206,18 +203,10 @@ class Preprocess(Fixed):
       UserError: the file cannot be read.
     """
     if source == "-":
-      text = sys.stdin.read()
-      with tempfile.TemporaryDirectory() as folder:
-        kind = "jsonl" if text.lstrip().startswith("{") else "csv"
-        path = pathlib.Path(folder) / f"standard input.{kind}"
-        path.write_text(text)
-        given = sources.written()
-        _, table, indices = sources.table(given, str(path))
+      with sources.standard_input() as path:
+        yield from list(_records(sources.written(), path))
     else:
-      _, table, indices = sources.table(sources.written(**self._files), source)
-    for i in indices:
-      record = table.records[int(i)]
-      yield {"record": record, **({"id": record["id"]} if record.get("id") is not None else {})}
+      yield from _records(sources.written(**self._files), source)
 
   def try_it(self, folder) -> str:
     """Returns the command that predicts on a row with the run in a folder."""
@@ -255,3 +244,11 @@ def _number(text: str) -> float | None:
 
 
 from_spec = Preprocess.from_spec
+
+
+def _records(written, source: str) -> Iterator[dict]:
+  """Yields the rows of a table that is written so, to predict on."""
+  _, table, indices = sources.table(written, source)
+  for i in indices:
+    record = table.records[int(i)]
+    yield {"record": record, **({"id": record["id"]} if record.get("id") is not None else {})}
