@@ -21,6 +21,7 @@ CHARACTERS = 2000  # of a text that are compared
 _BANDS, _ROWS = 32, 4  # texts of Jaccard .6 meet with probability .99, those of .2 with .05
 _SHINGLES = 3_000_000  # kept in all; of more, the same share of each text, by their hash
 _CROWD = 200  # texts of one band that a text is compared with
+_RANDOM = 20_000  # pairs of rows that tell whether features set rows apart
 _BLOCK = 1024, 8192  # queries, references
 _SIDE, _WAVES = 32, 8  # pixels of the picture that is hashed, and cosine waves of it along a side
 _PLAIN = 2.0  # standard deviation of the pixels of a picture, below which it is like any other
@@ -183,6 +184,16 @@ def units(features, centre=None) -> np.ndarray:
   found = np.asarray(features, np.float32)
   found = found if centre is None else found - np.asarray(centre, np.float32)
   return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+
+
+def stray(unit, threshold: float) -> float:
+  """Returns the share of random pairs of different rows (N, D) with a cosine above the threshold.
+
+  Where that is no rarity, the features set no rows apart, and near-duplicates say nothing.
+  """
+  a, b = np.random.default_rng(0).integers(0, len(unit), (2, _RANDOM))
+  near = np.einsum("ij,ij->i", unit[a], unit[b])[a != b]
+  return float((near > threshold).mean()) if near.size else 0.0
 
 
 def cosine(queries, references, threshold: float, inside=False) -> Pairs:

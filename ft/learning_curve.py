@@ -241,25 +241,6 @@ def narrowed(parts: list[Part]) -> list[Part]:
   return [Part((part.features - centre) @ vectors[:, -WIDEST:], part.target) for part in parts]
 
 
-def distinct(features, similar: float, block: int = 1024) -> int:
-  """How many rows (N, D) stay when each that is like an earlier kept one is left out.
-
-  Args:
-    features: (N, D). similar: cosine above which two rows are near-duplicates. block: rows at once.
-  """
-  unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-  kept = unit[:0]
-  for start in range(0, len(unit), block):
-    rows = unit[start:start + block]
-    rows = rows[~(rows @ kept.T > similar).any(axis=1)]
-    alike, alive = rows @ rows.T > similar, np.ones(len(rows), bool)
-    for i in np.flatnonzero(alike.sum(axis=1) > 1):
-      if alive[i]:
-        alive[i + 1:] &= ~alike[i, i + 1:]
-    kept = np.concatenate([kept, rows[alive]])
-  return len(kept)
-
-
 def _fit(n, error, start: Fit | None) -> Fit:
   """Fits from one start, or from several exponents; n is scaled for a well-conditioned problem."""
   from scipy import optimize

@@ -12,7 +12,6 @@ import numpy as np
 from ft import duplicates, guards
 
 _CORRELATION = 0.97  # of the pixels of two pictures whose hashes agree
-_RANDOM = 20_000  # pairs of train rows that tell whether the features set rows apart
 _STRAY = 0.001  # share of random pairs that may be as close as near-duplicates
 
 
@@ -82,7 +81,7 @@ def embedding(parts, config, settings):
   train = parts["train"].features
   for kind, centre in (("raw", None), ("centred", train.mean(axis=0, dtype=np.float64))):
     units = {split: duplicates.units(part.features, centre) for split, part in parts.items()}
-    if _stray(units["train"], threshold) <= _STRAY:
+    if duplicates.stray(units["train"], threshold) <= _STRAY:
       settings["features"] = kind
       break
   else:
@@ -94,13 +93,6 @@ def embedding(parts, config, settings):
     between = duplicates.cosine(unit, units["train"], threshold) if split != "train" else None
     found[split] = _entry(len(unit), between, inside)
   return found
-
-
-def _stray(unit, threshold):
-  """Share of random pairs of different rows whose cosine is above the threshold."""
-  a, b = np.random.default_rng(0).integers(0, len(unit), (2, _RANDOM))
-  near = np.einsum("ij,ij->i", unit[a], unit[b])[a != b]
-  return float((near > threshold).mean()) if near.size else 0.0
 
 
 def minhash(parts, config, settings):

@@ -12,7 +12,7 @@ card's own, and takes minutes. `scripts/curve.py` does more.
 
 import numpy as np
 
-from ft import guards, learning_curve
+from ft import duplicates, guards, learning_curve
 
 KEYS = {
     "on": (True, "ask whether more training rows would help"),
@@ -183,15 +183,12 @@ def account(curve, rows: int, resamples: int = RESAMPLES) -> dict:
 
 def effective(features, similar: float) -> dict:
   """{"n", "of", "share", "similar"}: rows left when each like an earlier one is left out."""
-  rng = np.random.default_rng(0)
-  pairs = rng.integers(0, len(features), (2, 5000))
-  unit_ = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-  pairs = pairs[:, pairs[0] != pairs[1]]
-  alike = float(((unit_[pairs[0]] * unit_[pairs[1]]).sum(axis=1) > similar).mean())
+  unit = duplicates.units(features)
+  alike = duplicates.stray(unit, similar)
   if alike > ALIKE:
     return {"missing": f"{100 * alike:.0f} % of random pairs of rows have a cosine above "
                        f"{similar:g}: these features do not tell near-duplicates from other rows"}
-  kept = learning_curve.distinct(features, similar)
+  kept = len(unit) - len(duplicates.cosine(unit, unit, similar, inside=True).query)
   return {"n": kept, "of": len(features), "share": kept / len(features), "similar": similar}
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import discriminant_analysis, linear_model
 
-from ft import guards, learning_curve
+from ft import duplicates, guards, learning_curve
 from ft.card.evidence import amount as page
 from ft.guards import amount
 from ft.learning_curve import Part
@@ -133,13 +133,13 @@ def test_wide_features_keep_what_tells_classes_apart():
 # ---- Near-duplicates -----------------------------------------------------------------------------
 
 
-def test_planted_duplicates_are_left_out_across_blocks():
+def test_planted_duplicates_are_left_out_across_blocks(monkeypatch):
   rng = np.random.default_rng(0)
   rows = rng.normal(size=(70, 40)).astype(np.float32)
   copies = rows[rng.integers(0, 70, 50)] + 0.02 * rng.normal(size=(50, 40)).astype(np.float32)
   mixed = np.concatenate([rows, copies])[rng.permutation(120)]
-  assert learning_curve.distinct(mixed, 0.95, block=16) == 70
-  assert learning_curve.distinct(mixed, 0.95) == 70
+  assert amount.effective(mixed, 0.95)["n"] == 70
+  monkeypatch.setattr(duplicates, "_BLOCK", (16, 16))
   assert amount.effective(mixed, 0.95)["n"] == 70
 
 

@@ -50,8 +50,8 @@ def _facts(numbers, made, share, metric):
     yield "Next 100 labels", (f"{scale * per['gain']:.3f}{ending} "
                               f"{_pair([scale * value for value in per['interval']])}")
   yield "Without near-duplicates", effective.get("missing") or (
-      f"{effective['n']:,} of {effective['of']:,} rows have no other with a cosine above "
-      f"{effective['similar']:g} that is kept")
+      f"{effective['n']:,} of {effective['of']:,} rows have no earlier one with a cosine "
+      f"above {effective['similar']:g}")
   if "per_class" in numbers:
     counts = numbers["per_class"]
     yield "Rows a class", (f"{counts['min']:,} at least, {counts['median']:,.0f} in the middle, "
