@@ -266,16 +266,10 @@ class Shingles:
       found[start:start + 200_000] = both / np.maximum(sizes[i] + sizes[j] - both, 1)
     return found
 
-  def pairs(self, threshold: float, reference: np.ndarray, inside=False) -> Pairs:
-    """Pairs of texts of which the first is a query and the second a reference.
-
-    Args:
-      threshold: least Jaccard similarity. reference: (N,) bool; the other texts are queries.
-      inside: all texts are both, and a query's references are the ones before it.
-    """
+  def pairs(self, threshold: float) -> Pairs:
+    """Pairs of texts of at least this Jaccard similarity; a query stands behind its reference."""
     bands = [_joined(self.signatures[:, k * _ROWS:(k + 1) * _ROWS]) for k in range(_BANDS)]
-    role = np.ones(len(reference), bool) if inside else reference
-    a, b, cut = _candidates(bands, role, ~self.empty, inside)
+    a, b, cut = _candidates(bands, ~self.empty)
     similarity = self.jaccard(a, b)
     good = similarity >= threshold
     return Pairs(a[good], b[good], similarity[good], cut)
@@ -295,19 +289,20 @@ def hashes(made) -> np.ndarray:
   return slow > np.median(slow[:, 1:], axis=1, keepdims=True)
 
 
-def alike(made, bits: int, correlation: float, reference, inside=False) -> Pairs:
+def alike(made, bits: int, correlation: float) -> Pairs:
   """Pairs of pictures whose hashes differ in few bits and whose pixels correlate.
+
+  A query stands behind its reference.
 
   Args:
     made: (N, 32, 32) pictures, NaN for none. bits: fewer than `_PARTS` that may differ.
     correlation: least correlation of the pixels, which is the similarity given.
-    reference, inside: as for `Shingles.pairs`.
   """
   flat = made.reshape(len(made), -1)
   spread = flat.std(axis=1)
   usable = np.isfinite(spread) & (np.nan_to_num(spread) > _PLAIN)
   signs = np.where(hashes(made), np.float32(1), np.float32(-1)) * usable[:, None]
-  a, b = _close(signs, 64 - 2 * bits, np.asarray(reference, bool), inside)
+  a, b = _close(signs, 64 - 2 * bits)
   scaled = (flat - flat.mean(axis=1, keepdims=True)) / np.maximum(spread[:, None], 1e-6)
   value = np.empty(len(a))
   for start in range(0, len(a), 50_000):
@@ -320,7 +315,7 @@ def alike(made, bits: int, correlation: float, reference, inside=False) -> Pairs
 # ---- Parts ---------------------------------------------------------------------------------------
 
 
-def _candidates(bands, reference, usable, inside):
+def _candidates(bands, usable):
   """(queries, references, number cut): the pairs that share a band, each once."""
   found, cut, size = [np.zeros(0, int)], 0, len(usable)
   for band in bands:
@@ -334,26 +329,18 @@ def _candidates(bands, reference, usable, inside):
       if apart > _CROWD:
         cut += len(at)
         break
-      i, j = rows[at + apart], rows[at]  # the sort is stable: i > j
-      if not inside:
-        i, j = np.where(reference[i], j, i), np.where(reference[i], i, j)
-        mixed = reference[j] & ~reference[i]
-        i, j = i[mixed], j[mixed]
-      found.append(i * size + j)
+      found.append(rows[at + apart] * size + rows[at])  # the sort is stable: the first is later
   keys = np.unique(np.concatenate(found))
   return keys // size, keys % size, cut
 
 
-def _close(signs, least, reference, inside):
+def _close(signs, least):
   """(queries, references) of the rows (N, 64) of -1 and 1 whose products are `least` or more."""
-  of = np.arange(len(signs)) if inside else np.flatnonzero(reference)
-  asked = np.arange(len(signs)) if inside else np.flatnonzero(~reference)
   parts = [np.zeros((0, 2), int)]
-  for start in range(0, len(asked), _BLOCK[0]):
-    rows = asked[start:start + _BLOCK[0]]
-    i, j = np.nonzero(signs[rows] @ signs[of].T >= max(least, 1))
-    pair = np.stack([rows[i], of[j]], 1)
-    parts.append(pair[pair[:, 0] > pair[:, 1]] if inside else pair)
+  for start in range(0, len(signs), _BLOCK[0]):
+    i, j = np.nonzero(signs[start:start + _BLOCK[0]] @ signs.T >= max(least, 1))
+    pair = np.stack([i + start, j], 1)
+    parts.append(pair[pair[:, 0] > pair[:, 1]])
   return np.concatenate(parts).T
 
 

@@ -102,7 +102,7 @@ def minhash(parts, config, settings):
     raise guards.Missing("rows have no text")
   shingles = duplicates.Shingles(texts)
   settings["shingles_kept"] = shingles.kept
-  pairs = shingles.pairs(config.jaccard, np.ones(len(texts), bool), inside=True)
+  pairs = shingles.pairs(config.jaccard)
   settings["minhash_cut"] = pairs.cut
   return _by_split(pairs, parts)
 
@@ -117,9 +117,7 @@ def picture(parts, config, settings):
     raise guards.Missing("no image could be read")
   settings["pictures"] = int(np.isfinite(made[:, 0, 0]).sum())
   settings["correlation"] = _CORRELATION
-  pairs = duplicates.alike(made, config.bits, _CORRELATION, np.ones(len(made), bool),
-                           inside=True)
-  return _by_split(pairs, parts)
+  return _by_split(duplicates.alike(made, config.bits, _CORRELATION), parts)
 
 
 def _by_split(pairs, parts):

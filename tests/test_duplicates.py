@@ -40,6 +40,11 @@ def recall_precision(found, planted):
   return len(found & planted) / len(planted), len(found & planted) / max(len(found), 1)
 
 
+def between(pairs, size):
+  """The pairs of a row behind the first `size` with one of them."""
+  return {(i, j) for i, j in zip(pairs.query, pairs.reference, strict=True) if j < size <= i}
+
+
 def test_minhash_finds_planted_texts():
   rng = np.random.default_rng(SEED)
   train, fresh = sentences(3000, rng), sentences(900, rng)
@@ -48,8 +53,8 @@ def test_minhash_finds_planted_texts():
   planted = [edited(train[i], kinds[k % 4], rng) for k, i in enumerate(sources)]
   texts = train + planted + fresh
   shingles = duplicates.Shingles(texts)
-  pairs = shingles.pairs(0.6, np.arange(len(texts)) < 3000)
-  recall, precision = recall_precision(set(zip(pairs.query, pairs.reference, strict=True)),
+  pairs = shingles.pairs(0.6)
+  recall, precision = recall_precision(between(pairs, 3000),
                                        {(3000 + k, i) for k, i in enumerate(sources)})
   assert recall >= 0.95 and precision >= 0.95
 
@@ -67,7 +72,7 @@ def test_jaccard_is_the_definition():
   known = [len(cut(texts[i]) & cut(texts[j])) / max(len(cut(texts[i]) | cut(texts[j])), 1)
            for i, j in zip(a, b, strict=True)]
   np.testing.assert_allclose(shingles.jaccard(a, b), known, atol=1e-6)
-  pairs = shingles.pairs(0.9, np.ones(len(texts), bool), inside=True)
+  pairs = shingles.pairs(0.9)
   assert set(zip(pairs.query, pairs.reference, strict=True)) == {(33, 32)}
 
 
@@ -80,7 +85,7 @@ def test_minhash_finds_all_pairs_that_all_comparisons_find():
   a, b = np.tril_indices(len(texts), -1)
   value = shingles.jaccard(a, b)
   known = {(i, j) for i, j, v in zip(a, b, value, strict=True) if v >= 0.65}
-  pairs = shingles.pairs(0.65, np.ones(len(texts), bool), inside=True)
+  pairs = shingles.pairs(0.65)
   found = set(zip(pairs.query, pairs.reference, strict=True))
   assert found <= known and len(found) >= 0.98 * len(known) and len(known) > 500
 
@@ -92,8 +97,8 @@ def test_long_texts_are_sampled_alike(monkeypatch):
   monkeypatch.setattr(duplicates, "_SHINGLES", 5000)
   shingles = duplicates.Shingles(texts)
   assert 0 < shingles.kept < 0.5
-  pairs = shingles.pairs(0.6, np.arange(80) < 60)
-  assert set(zip(pairs.query, pairs.reference, strict=True)) == {(60 + k, k) for k in range(20)}
+  pairs = shingles.pairs(0.6)
+  assert between(pairs, 60) == {(60 + k, k) for k in range(20)}
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -142,8 +147,8 @@ def test_pictures_that_were_changed_are_found():
   planted = [changed(train[i], kinds[i % 4]) for i in range(120)]
   made = duplicates.pictures([*train, *planted, *fresh, b"no image", None])
   assert np.isnan(made[-2:]).all() and np.isfinite(made[:-2]).all()
-  pairs = duplicates.alike(made, 6, 0.97, np.arange(len(made)) < 400)
-  recall, precision = recall_precision(set(zip(pairs.query, pairs.reference, strict=True)),
+  pairs = duplicates.alike(made, 6, 0.97)
+  recall, precision = recall_precision(between(pairs, 400),
                                        {(400 + i, i) for i in range(120)})
   assert recall >= 0.95 and precision >= 0.95
 
@@ -154,15 +159,15 @@ def test_pictures_of_digits():
   large = np.stack([ndimage.zoom(image * 15, 4, order=1) for image in digits]).astype(np.uint8)
   planted = [changed(np.repeat(large[i][..., None], 3, -1), "jpeg") for i in range(100)]
   made = duplicates.pictures([*large, *planted])
-  pairs = duplicates.alike(made, 6, 0.97, np.arange(700) < 600)
-  recall, precision = recall_precision(set(zip(pairs.query, pairs.reference, strict=True)),
+  pairs = duplicates.alike(made, 6, 0.97)
+  recall, precision = recall_precision(between(pairs, 600),
                                        {(600 + i, i) for i in range(100)})
   assert recall >= 0.95 and precision >= 0.95
 
 
 def test_plain_pictures_are_like_nothing():
   made = duplicates.pictures([np.full((9, 9), 7, np.uint8), np.full((9, 9), 8, np.uint8)])
-  assert not len(duplicates.alike(made, 6, 0.9, np.ones(2, bool), inside=True).query)
+  assert not len(duplicates.alike(made, 6, 0.9).query)
 
 
 def test_contents_of_texts_files_and_arrays(tmp_path):
