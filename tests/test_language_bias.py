@@ -1,18 +1,16 @@
 """Probes of stereotypes: tables by hand, the published files, and a tiny model asked by itself."""
 
-import functools
 import json
 import types
 
-import jax
 import numpy as np
 import pytest
-from scipy import special, stats
+from language_models import log_probs
+from scipy import stats
 from tasks import text_models
 
-from ft import config, errors, guards, language_bias, models, train
+from ft import config, errors, guards, language_bias, train
 from ft.card.evidence import bias as page
-from ft.data import text
 from ft.guards import bias
 
 
@@ -188,19 +186,8 @@ def asked(tmp_path_factory):
   return folder, pairs[:40], train.train(config.load(str(path)), folder / "run")
 
 
-@functools.cache
-def answering(folder):
-  made = models.load(str(folder), head="lm")
-  preprocess = text.Preprocess(
-    types.SimpleNamespace(max_length=16, truncation="truncate-right", buckets=(16,)),
-    models.inspect(str(folder)))
-  return preprocess, jax.jit(lambda ids: made.module.apply(made.variables, input_ids=ids)["logits"])
-
-
 def likelihood(folder, sentence):
-  preprocess, logits = answering(folder)
-  ids = preprocess({"text": sentence})["input_ids"]
-  known = special.log_softmax(np.asarray(logits(ids[None])[0], np.float64), axis=-1)
+  ids, known = log_probs(folder, sentence)
   return known[np.arange(len(ids) - 1), ids[1:]].sum()
 
 

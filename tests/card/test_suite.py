@@ -1,18 +1,15 @@
 """The table of a suite: means over runs, tasks and groups, and what is wrong with its runs."""
 
 import copy
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 from card import fake_runs
+from commands import script
 
 from ft import card, errors
 from ft.card import suite
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 RATES = {"validation": (60, 0.7, 0.8), "test": (200, 0.7, 0.8)}
 
 
@@ -79,9 +76,7 @@ def test_the_script(records, tmp_path):
   for i, record in enumerate(records[:2]):
     (tmp_path / str(i)).mkdir()
     card.write(record, tmp_path / str(i))
-  done = subprocess.run(
-    [sys.executable, ROOT / "scripts" / "vtab.py", f"--run={tmp_path / '0'}",
-     f"--run={tmp_path / '1'}", f"--output={tmp_path / 'table.md'}"],
-    capture_output=True, text=True, check=True)
+  done = script("vtab", f"--run={tmp_path / '0'}", f"--run={tmp_path / '1'}",
+                f"--output={tmp_path / 'table.md'}")
   assert done.stdout.strip() == str(tmp_path / "table.md")
   assert (tmp_path / "table.md").read_text() == suite.table(records[:2]) + "\n"

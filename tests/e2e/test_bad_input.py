@@ -6,12 +6,11 @@ import os
 import pickle
 import shutil
 import struct
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
 import pytest
+from commands import script
 
 from ft import config, errors, train
 
@@ -188,9 +187,7 @@ def test_sha256_mismatch(tmp_path, monkeypatch):
 
 
 def test_prepare_refuses_flags_that_it_would_not_read(tmp_path):
-  done = subprocess.run(
-    [sys.executable, "scripts/prepare.py", "--dialogues=chat.jsonl", "--vocabulary=99",
-     f"--output={tmp_path}/pairs.jsonl"], capture_output=True, text=True)
-  assert done.returncode == 2 and "Traceback" not in done.stderr
-  assert "--vocabulary: not read with --dialogues" in done.stderr
-  assert "--column, --speaker, --rows, --seed" in done.stderr
+  said = script("prepare", "--dialogues=chat.jsonl", "--vocabulary=99",
+                f"--output={tmp_path}/pairs.jsonl", status=2).stderr
+  assert "--vocabulary: not read with --dialogues" in said and "Traceback" not in said
+  assert "--column, --speaker, --rows, --seed" in said

@@ -1,26 +1,13 @@
 """A run of text to text: texts are written, judged and kept, the same on two devices."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from commands import script
 from tasks import text_models
 
-ROOT = __file__.rpartition("/tests/")[0]
 WORDS = text_models.WORDS
-
-
-def script(folder, name, *flags, devices=1, status=0, stdin=None):
-  done = subprocess.run(
-    [sys.executable, f"scripts/{name}.py", *flags], cwd=ROOT, text=True, capture_output=True,
-    timeout=300, input=stdin, env={
-      **os.environ, "JAX_PLATFORMS": "cpu", "FT_CACHE": str(folder / "cache"),
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"})
-  assert done.returncode == status, done.stderr[-3000:]
-  return done
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +30,7 @@ def get_config():
     train=dict(batch=8, steps=12, eval_every=6, log_every=5, train_sample=8),
   )
 """)
-  script(folder, "train", f"--config={folder / 'tiny.py'}", f"--workdir={folder / 'out'}")
+  script("train", f"--config={folder / 'tiny.py'}", f"--workdir={folder / 'out'}")
   return folder
 
 
@@ -76,7 +63,8 @@ def test_a_run_writes_texts_and_judges_them(run):
 
 @pytest.mark.slow
 def test_the_same_texts_on_several_devices(run):
-  script(run, "train", f"--config={run / 'tiny.py'}", f"--workdir={run / 'two'}", devices=2)
+  script("train", f"--config={run / 'tiny.py'}", f"--workdir={run / 'two'}",
+         XLA_FLAGS="--xla_force_host_platform_device_count=2")
   one, two = ([json.loads(line) for line in (run / name / "samples.jsonl").read_text().splitlines()]
               for name in ("out", "two"))
   assert [line["where"] for line in one] == [line["where"] for line in two]
@@ -86,10 +74,10 @@ def test_the_same_texts_on_several_devices(run):
 
 
 def test_predict_and_evaluate_a_run(run):
-  done = script(run, "predict", f"--run={run / 'out'}", "--input=-", stdin="the film\n\n")
+  done = script("predict", f"--run={run / 'out'}", "--input=-", given="the film\n\n")
   first, second = map(json.loads, done.stdout.splitlines())
   assert isinstance(first["text"], str) and "error" in second
-  found = json.loads(script(run, "evaluate", f"--run={run / 'out'}",
+  found = json.loads(script("evaluate", f"--run={run / 'out'}",
                             f"--data={run}/all.en,{run}/all.de[:20]").stdout)
   assert found["n"] == 20 and np.isfinite(found["metrics"]["chrf"])
   low, high = found["interval"]["chrf"]
@@ -97,6 +85,6 @@ def test_predict_and_evaluate_a_run(run):
 
 
 def test_files_of_different_length(run):
-  done = script(run, "train", f"--config={run / 'tiny.py'}", f"--workdir={run / 'bad'}",
+  done = script("train", f"--config={run / 'tiny.py'}", f"--workdir={run / 'bad'}",
                 f"--config.data.train={run}/all.en,{run}/short.de", status=2)
   assert "all.en has 90 lines" in done.stderr and "short.de has 89" in done.stderr

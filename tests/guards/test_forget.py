@@ -1,17 +1,14 @@
 """The forgetting guard on whole runs of tiny models, against both models computed by themselves."""
 
-import functools
 import json
 import types
 
-import jax
 import numpy as np
 import pytest
-from scipy import special
+from language_models import log_probs
 from tasks import text_models
 
 from ft import config, guards, models, train, tune
-from ft.data import text
 from ft.guards import forget
 
 QUICK = [("guard.overfit.resamples", "100"), ("train.steps", "12"), ("train.eval_every", "12")]
@@ -137,23 +134,6 @@ def language(request, tmp_path_factory):
     "guard": {"forget": {"source": str(folder / "old.txt")}}}
   made = config.load(written(folder, "lm", values), [*QUICK, ("train.steps", "30")])
   return folder, train.train(made, folder / "run")
-
-
-@functools.cache
-def answering(folder):
-  """(preprocessing, ids (1, T) -> logits) of a model."""
-  made = models.load(str(folder), head="lm")
-  preprocess = text.Preprocess(
-    types.SimpleNamespace(max_length=16, truncation="truncate-right", buckets=(16,)),
-    models.inspect(str(folder)))
-  return preprocess, jax.jit(lambda ids: made.module.apply(made.variables, input_ids=ids)["logits"])
-
-
-def log_probs(folder, sentence):
-  """(tokens, (T, V) log-probabilities) of a model on a sentence, by itself."""
-  preprocess, logits = answering(folder)
-  ids = preprocess({"text": sentence})["input_ids"]
-  return ids, special.log_softmax(np.asarray(logits(ids[None])[0], np.float64), axis=-1)
 
 
 def test_nats_before_and_after_are_those_of_the_two_models(language):
