@@ -10,21 +10,19 @@ are carved from the training source.
 import collections
 import contextlib
 import dataclasses
-import functools
 import math
 import pathlib
 import re
 import sys
 import tempfile
 import types
-from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 
 from ft import errors
-from ft.data import derived, formats, splits
+from ft.data import derived, dividing, formats
 from ft.data.formats import plain
+from ft.data.roles import FILES, INPUTS, MODALITY, ROLES, Rows
 from ft.weights import resolve
 
 KEYS = {
@@ -62,105 +60,8 @@ KEYS = {
     "unknown": ((), "labels that are never trained; the split open is test with their rows"),
     "limit": (0, "most rows a split keeps, for trial runs; 0 for all", (0, None)),
 }
-ANSWERS = ("prompt", "chosen", "rejected", "completion")
-ROLES = ("text", "text_b", "negative", "words", "target", "turns", *ANSWERS, "label", "image",
-         "mask", "audio", "group", "id")
-TEXTS = ("text", "text_b", "negative", "target")
-INPUTS = ("text", "text_b", "words", "turns", "image", "audio")
-FILES = ("image", "audio")
-# modality -> roles, one is needed
-MODALITY = {"text": ("text", "words", "turns", "chosen", "completion"), "image": ("image",),
-            "audio": ("audio",)}
-CARVED = {"validation": "validation_fraction", "test": "test_fraction"}
 _BINARIZE = ("column", "at", "margin", "labels")
 _OWN = ("format", "columns", "header", "names", "encoding", "quoting")
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-  """Some rows of one source: `rows[i]` is a dict role -> value, `rows.where(i)` where it stands.
-
-  Values: text, text_b, negative (what text_b is better than) and target str; words a list of str;
-  turns a list, see ft.data.turns; prompt, chosen, rejected and completion str or a list, see
-  ft.data.answers; label str, int or a list of them (None: there is none); image and audio a Path,
-  encoded bytes or an array, mask too (None: nothing is marked); group and id as in the source;
-  attributes a dict column -> str ("" where there is no value) of those that the source has (those
-  it lacks are in `absent`); of tables also record, a dict of all columns that have no role and
-  are not in data.ignore.
-  """
-
-  name: str
-  table: formats.Table
-  roles: dict[str, str]
-  indices: np.ndarray
-  binarize: dict | None = None
-  attributes: tuple[str, ...] = ()
-  whole: bool = False
-  label_strip: str = ""
-  absent: tuple[str, ...] = ()
-  ignored: tuple[str, ...] = ()
-
-  def __len__(self) -> int:
-    return len(self.indices)
-
-  def __getitem__(self, i: int) -> dict[str, Any]:
-    record = self.table.records[int(self.indices[i])]
-    row = {role: record.get(column) for role, column in self.roles.items()}
-    for role in TEXTS:
-      if role in row:
-        row[role] = _text(row[role])
-    for role in ANSWERS:
-      if isinstance(row.get(role), bytes):
-        row[role] = _text(row[role])
-    if self.binarize:
-      row["label"] = self.binarize["labels"][self.rating(i) > self.binarize["at"]]
-    elif "label" in row:
-      row["label"] = _label(row["label"], self.label_strip)
-    if self.attributes:
-      row["attributes"] = {column: _text(record.get(column)).strip()
-                           for column in self.attributes}
-    if self.whole:
-      taken = {*self.roles.values(), (self.binarize or {}).get("column"), *self.ignored}
-      row["record"] = {column: record.get(column) for column in self.table.columns
-                       if column not in taken}
-    for role in (*FILES, "mask"):
-      if isinstance(row.get(role), str):
-        row[role] = (self.table.folder or pathlib.Path()) / row[role] if row[role] else None
-    return row
-
-  def where(self, i: int) -> str:
-    """Returns where row i stands, such as `reviews.csv: line 17`."""
-    return self.table.where(int(self.indices[i]))
-
-  def select(self, indices, name: str = "") -> "Rows":
-    """Returns the rows at these positions, in this order."""
-    indices = np.asarray(indices, int)
-    chosen = dataclasses.replace(self, indices=self.indices[indices], name=name or self.name)
-    if self.__dict__.get("labels"):  # known by now, and reading them again may be slow
-      chosen.__dict__["labels"] = [self.labels[i] for i in indices]
-    return chosen
-
-  def rating(self, i: int) -> float:
-    """Returns the number that `binarize` makes row i's label from (NaN where there is none)."""
-    value = self.table.records[int(self.indices[i])].get(self.binarize["column"])
-    if value is None or value == "":
-      return math.nan
-    try:
-      return float(value)
-    except (TypeError, ValueError):
-      raise errors.UserError(f"{self.where(i)}: {self.binarize['column']} is {value!r}, and "
-                             "data.binarize needs a number there.") from None
-
-  @functools.cached_property
-  def labels(self) -> list | None:
-    """The label of each row; None where the source has no labels."""
-    return [row["label"] for row in self] if self.binarize or "label" in self.roles else None
-
-  @property
-  def classes(self) -> list | None:
-    """The labels, where they divide the rows into classes: no measured values, no tags of words."""
-    measured = any(isinstance(label, float) for label in self.labels or ())
-    return None if measured or "words" in self.roles else self.labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,15 +105,17 @@ def load(config, *, base=None) -> Data:
       rows = read(config, spec, name=name, base=base, tables=tables)
       report["read"][name] = len(rows)
       found[name], report["dropped"][name] = _usable(rows)
-  _check_apart(found, config.group)
-  train, *rest = _carve(config, found["train"], [s for s in CARVED if s not in found])
+  dividing.check_apart(found, config.group)
+  train, *rest = dividing.carve(config, found["train"],
+                                [name for name in dividing.CARVED if name not in found])
   report["carved"] = {rows.name: len(rows) for rows in rest}
   found |= {rows.name: rows for rows in (train, *rest)}
-  found = _hold_out(config, {name: found[name] for name in specs if name in found}, report)
-  found = _limit(config, _few(config, found, report), report)
+  found = dividing.hold_out(config, {name: found[name] for name in specs if name in found}, report)
+  found = dividing.limit(config, dividing.few(config, found, report), report)
   report["splits"] = {name: len(rows) for name, rows in found.items()}
-  report["labels"] = {name: _count(rows.labels) for name, rows in found.items() if rows.labels}
-  report["duplicates_of_train"] = _duplicates(found)
+  report["labels"] = {name: dividing.count(rows.labels) for name, rows in found.items()
+                      if rows.labels}
+  report["duplicates_of_train"] = dividing.duplicates(found)
   return Data(found, report, dict(train.roles), tuple(map(str, config.unknown)))
 
 
@@ -467,170 +370,6 @@ def _usable(rows: Rows) -> tuple[Rows, dict[str, int]]:
     raise errors.UserError(
         f"{rows.table.source}: no row of {rows.name} is usable: {dict(dropped)}.")
   return rows.select(kept), dict(dropped)
-
-
-def _check_apart(found: dict[str, Rows], group: str) -> None:
-  """No row and no group may be in two splits."""
-  names = list(found)
-  for a, b in ((a, b) for i, a in enumerate(names) for b in names[i + 1:]):
-    if found[a].table is found[b].table:
-      shared = np.intersect1d(found[a].indices, found[b].indices)
-      if len(shared):
-        raise errors.UserError(f"{a} and {b} share {len(shared)} rows of {found[a].table.source}; "
-                               "give them slices that do not overlap.")
-    if group:
-      shared = {row["group"] for row in found[a]} & {row["group"] for row in found[b]}
-      shared.discard(None)
-      if shared:
-        raise errors.UserError(
-            f"{a} and {b} share {len(shared)} values of {group}, such as {min(map(str, shared))}; "
-            "no group may straddle splits (data.group).")
-
-
-def _carve(config, rows: Rows, names: list[str]) -> list[Rows]:
-  """Returns `rows` less what is carved from it, then the carved splits."""
-  shares = {name: config[CARVED[name]] for name in names if config[CARVED[name]] > 0}
-  if not shares:
-    return [rows]
-  if sum(shares.values()) >= 1:
-    raise errors.UserError(
-        "data.validation_fraction and data.test_fraction leave nothing to train on.")
-  _check_classes(rows)
-  groups = [row["group"] for row in rows] if config.group else None
-  keys = _identities(rows) if config.keep_duplicates_together else None
-  labels = rows.classes if config.stratify else None
-  unit = splits.units(groups, keys, size=len(rows))
-  shares = {"train": 1 - sum(shares.values()), **shares}
-  parts = splits.carve(unit, labels, shares, config.split_seed)
-  for name, indices in parts.items():
-    if not len(indices):
-      what = "groups" if config.group else "rows"
-      raise errors.UserError(
-          f"{rows.table.source}: too few {what} ({unit.max() + 1}) to carve {name} from; give it a "
-          "source of its own or a larger fraction.")
-  return [rows.select(indices, name) for name, indices in parts.items()]
-
-
-def _check_classes(rows: Rows) -> None:
-  """A class of one image could be trained on alone: nothing would say what was learnt of it."""
-  counts = _count(rows.classes or ()) if "image" in rows.roles else {}
-  lonely = [label for label, count in counts.items() if count == 1]
-  if lonely:
-    raise errors.UserError(
-        f"{rows.table.source}: there is one image only of {', '.join(lonely[:12])}, so that "
-        "none is left to carve validation and test from; add images, take the class out, or name "
-        "sources in data.validation and data.test.")
-
-
-def _hold_out(config, found: dict[str, Rows], report: dict) -> dict[str, Rows]:
-  """Takes the rows of `data.unknown` out of all splits but `open`, which is test with them."""
-  unknown = set(map(str, config.unknown))
-  if not unknown:
-    return found
-  if "test" not in found or "open" in found or found["train"].classes is None:
-    raise errors.UserError("data.unknown needs labels, a test split, and no extra one named open.")
-  there = set(map(str, found["train"].labels)) | set(map(str, found["test"].labels))
-  for label in unknown - there:
-    raise errors.UserError(f"data.unknown: no row has the label {label!r}"
-                           f"{errors.suggest(label, there)}.")
-  result = {}
-  for name, rows in found.items():
-    result[name] = rows.select([i for i, label in enumerate(rows.labels)
-                                if str(label) not in unknown])
-    report["dropped"].setdefault(name, {})["of data.unknown"] = len(rows) - len(result[name])
-  return {**result, "open": found["test"].select(np.arange(len(found["test"])), "open")}
-
-
-def _few(config, found: dict[str, Rows], report: dict) -> dict[str, Rows]:
-  """Keeps `data.per_label` training rows of each label."""
-  if not config.per_label:
-    return found
-  train = found["train"]
-  if train.classes is None:
-    raise errors.UserError("data.per_label needs a label, one class of each row; set it to 0.")
-  kept = train.select(splits.few(train.labels, config.per_label, config.split_seed))
-  left_out = len(train) - len(kept)
-  report["dropped"].setdefault("train", {})["beyond data.per_label"] = left_out
-  return {**found, "train": kept}
-
-
-def _limit(config, found: dict[str, Rows], report: dict) -> dict[str, Rows]:
-  """Keeps `data.limit` rows a split, and no label elsewhere that train lost by it."""
-  if not config.limit:
-    return found
-  result = {}
-  for name, rows in found.items():
-    labels = rows.classes
-    if labels and name != "train":
-      lost = set(map(str, found["train"].labels)) - set(map(str, result["train"].labels))
-      kept = [i for i, label in enumerate(labels) if str(label) not in lost]
-      rows = rows.select(kept)
-      labels = rows.classes
-    result[name] = rows.select(splits.sample(labels, config.limit, config.split_seed, len(rows)))
-    left_out = len(found[name]) - len(result[name])
-    report["dropped"].setdefault(name, {})["beyond data.limit"] = left_out
-  return result
-
-
-def _identities(rows: Rows) -> list[bytes | None]:
-  """Returns a key per row that exact duplicates share."""
-  paths = [next((row[role] for role in FILES if isinstance(row.get(role), pathlib.Path)), None)
-           for row in rows]
-  files = {path for path in paths if path and path.is_file()}
-  sizes = collections.Counter(path.stat().st_size for path in files)
-  keys = []
-  for i, row in enumerate(rows):
-    value = [row[role] for role in ("text", "text_b", *FILES) if row.get(role) is not None]
-    value += [repr(row[role]) for role in ("turns", "words", "record", *ANSWERS) if role in row]
-    if paths[i] in files:  # only files of one size can be equal, so only those are read
-      path = paths[i]
-      value = path.read_bytes() if sizes[path.stat().st_size] > 1 else str(path)
-    keys.append(b"".join(map(splits.identity, value if isinstance(value, list) else [value])))
-  return keys
-
-
-def _duplicates(found: dict[str, Rows]) -> dict[str, int]:
-  """Counts rows of other splits whose text has an exact duplicate in train."""
-  roles = set(found["train"].roles)
-  if not set(MODALITY["text"]) & roles or set(FILES) & roles:
-    return {}
-  known = set(_identities(found["train"]))
-  return {name: sum(key in known for key in _identities(rows))
-          for name, rows in found.items() if name != "train"}
-
-
-def _count(labels: Iterable) -> dict[str, int]:
-  counts = collections.Counter()
-  for label in labels:
-    counts.update(map(str, label if isinstance(label, (list, tuple)) else [label]))
-  return dict(sorted(counts.items()))
-
-
-def _text(value) -> str:
-  if isinstance(value, bytes):
-    return value.decode("utf-8", "replace")
-  return "" if value is None else str(value)
-
-
-def _label(value, strip: str = ""):
-  """Returns a label as str, int, float or a list of them; None where there is none.
-
-  Args:
-    strip: characters taken off both ends of a text.
-  """
-  if isinstance(value, np.ndarray):
-    value = value.tolist()
-    while isinstance(value, list) and len(value) == 1:
-      value = value[0]
-  if isinstance(value, np.generic):
-    value = value.item()
-  if isinstance(value, (list, tuple)):
-    return [_label(v, strip) for v in value]
-  if isinstance(value, (str, bytes)):
-    return _text(value).strip().strip(strip).strip() or None
-  if isinstance(value, float):
-    return None if math.isnan(value) else int(value) if value.is_integer() else value
-  return int(value) if isinstance(value, bool) else value
 
 
 def _plain(value) -> dict:
