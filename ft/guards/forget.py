@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 from ml_collections import config_dict
 
-from ft import errors, guards, retention, stats, tune
+from ft import errors, guards, probes, retention, stats, tune
 from ft import models as families
 from ft.data import loader as loaders
 from ft.data import sources
@@ -55,6 +55,7 @@ RESAMPLES = 300  # of metrics that are no mean: each resample is computed anew
 AT_LEAST = 64  # rows that are asked however short the training was
 SHORT = 32  # tokens that most general texts fit in
 PARTS = 5  # of the cross-validated probe
+STRENGTH = 30.0  # of that probe, see ft/probes.py
 
 
 def gather(config, context):
@@ -284,15 +285,14 @@ def _nats(base, tuned) -> dict:
 
 def _out_of_fold(features, target):
   """Predicted labels (N,) of rows by a probe that was fitted without them."""
-  import threadpoolctl
-  from sklearn import linear_model, model_selection, pipeline, preprocessing
+  from sklearn import model_selection
 
-  with threadpoolctl.threadpool_limits(1):  # as in ft/tasks/classify.py
-    model = pipeline.make_pipeline(preprocessing.StandardScaler(),
-                                   linear_model.LogisticRegression(C=0.1, max_iter=300))
-    folds = model_selection.StratifiedKFold(PARTS, shuffle=True, random_state=0)
-    return model_selection.cross_val_predict(model, np.asarray(features, np.float64), target,
-                                             cv=folds)
+  said = np.empty(len(target), int)
+  folds = model_selection.StratifiedKFold(PARTS, shuffle=True, random_state=0)
+  for known, rest in folds.split(features, target):
+    probe = next(probes.probes(features[known], target[known], target.max() + 1, (STRENGTH,)))
+    said[rest] = probe(features[rest]).argmax(1)
+  return said
 
 
 def _limit(config, context, tokens: int = 0) -> int:

@@ -305,7 +305,7 @@ class Task:
     best, best_value = None, np.inf
     if not parts:
       return {}
-    with threadpoolctl.threadpool_limits(1):  # as in ft/tasks/classify.py
+    with threadpoolctl.threadpool_limits(1):  # as in ft/probes.py
       for ridge in forecasts.ridges(parts, self._lookback, self.preprocess.horizon, adjacency):
         found = self._by(ridge, {"validation": features["validation"]})
         value = self.value(found["validation"])

@@ -378,7 +378,7 @@ class Task(chat.Task):
     train = apart["train"] / scale
     both, labels = np.concatenate([train, -train]), np.repeat([1, 0], len(train))
     best, most = None, -1.0
-    with threadpoolctl.threadpool_limits(1):  # as in ft/tasks/classify.py
+    with threadpoolctl.threadpool_limits(1):  # as in ft/probes.py
       for strength in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
         model = linear_model.LogisticRegression(C=strength, fit_intercept=False, max_iter=300)
         weights = model.fit(both, labels).coef_[0] / scale

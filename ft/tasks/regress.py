@@ -199,7 +199,7 @@ class Task:
 
     train, validation = features["train"], features.get("validation")
     best, best_value, sign = None, None, 1 if self.metric[1] == "max" else -1
-    with threadpoolctl.threadpool_limits(1):  # as in ft/tasks/classify.py
+    with threadpoolctl.threadpool_limits(1):  # as in ft/probes.py
       for strength in STRENGTHS:
         model = pipeline.make_pipeline(
           preprocessing.StandardScaler(),
